@@ -1,0 +1,1 @@
+"""The export room: quantised units become an IntegerGraph, named passes rewrite it, emission writes ONNX."""

@@ -1,0 +1,1 @@
+"""The runtime checks: an independent witness of what onnxruntime computes."""

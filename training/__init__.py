@@ -1,0 +1,1 @@
+"""The training room: numerics, quantised units, the coding objective, data, models and the loop."""
