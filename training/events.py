@@ -1,0 +1,97 @@
+"""What a training run tells its caller while it works. Imports no torch; printing is the caller's business.
+
+Epochs and steps count from 1, as a person reads them: epoch 3 of 20, step 7 of 11. The stages of a run, in order, are
+"fp32", "calibrate", "qat" and "deploy"; a run has only those its config asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEvent:
+    """A stage begins, or goes on after a resume.
+
+    stages: every stage of this run, in order. epochs, steps: epochs of this stage and steps in each (0 for "calibrate").
+    epoch, step: how many of them an earlier session has already done; both 0 for a fresh stage.
+    parameters: trainable numbers in this stage. device: where it runs, as torch spells it.
+    """
+
+    stage: str
+    stages: tuple[str, ...]
+    epochs: int
+    steps: int
+    epoch: int = 0
+    step: int = 0
+    parameters: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """One optimiser step has been taken; the run's state is consistent and can be saved here.
+
+    loss: what was minimised. terms: its parts ("task", "mec", and those of the objective). learning_rate: of this step.
+    images_per_second: labelled images (a second view of one counts nothing) over wall time since the epoch, or this
+    session's part of it, began; data loading is inside, validation and checkpoints are not.
+    """
+
+    stage: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    images_per_second: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochEvent:
+    """One epoch and its validation are done.
+
+    loss, terms, train_accuracy: means over the epoch's images, as trained (augmented, training mode).
+    validation_accuracy: over the whole validation set; in "qat" and "deploy" with the deployed integer arithmetic.
+    learning_rate: of the last step. seconds: training time of the epoch over all its sessions, validation excluded.
+    """
+
+    stage: str
+    epoch: int
+    epochs: int
+    loss: float
+    train_accuracy: float
+    validation_accuracy: float
+    learning_rate: float
+    seconds: float
+    images_per_second: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningEvent:
+    """Something went wrong that training survives, in one sentence for the user."""
+
+    message: str
+
+
+Event = StageEvent | StepEvent | EpochEvent | WarningEvent
+
+
+class TrainingInterrupted(Exception):
+    """Ctrl-C (or SIGTERM) stopped the run; `train(..., resume=True)` goes on from `path` as if nothing had happened.
+
+    path: the newest checkpoint, or None when none could be written. stage, epoch, step: what `path` holds as finished.
+    """
+
+    def __init__(self, path: Path | None, *, stage: str, epoch: int, step: int) -> None:
+        where = f"{stage} epoch {epoch}, step {step}"
+        saved = f"saved as {path.name}" if path is not None else "nothing could be saved"
+        super().__init__(f"Interrupted in {where}; {saved}.")
+        self.path = path
+        self.stage = stage
+        self.epoch = epoch
+        self.step = step
