@@ -105,7 +105,7 @@ class QuantConfig:
 class MecConfig:
     """The maximum-entropy-coding objective (docs/mec-quant.md).
 
-    code: which tensors are coded. beta: weight of the objective in the loss. distortion: eps^2, relative to unit RMS rows.
+    code: which tensors are coded. beta: weight of the objective in the loss. distortion: eps^2, for rows of unit RMS.
     experts, order: size of the mixture and terms of its Taylor series. samples: rows coded per tensor.
     views: one, augmented (a second augmentation) or teacher (the full-precision network's features).
     warmup: fraction of the QAT steps over which beta rises linearly from 0.
