@@ -44,8 +44,8 @@ def calibrate(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     """
     for unit in model.units().values():
         if isinstance(unit, WeightedUnit):
-            quantizer = unit.weight_quantizer
-            quantizer.step.copy_(search_steps(unit.weight.flatten(1), quantizer.lower, quantizer.upper))
+            weights = unit.weight_quantizer
+            weights.step.copy_(search_steps(unit.weight.flatten(1), weights.lower, weights.upper))
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
     for quantizer in quantizers:
         quantizer.samples = []

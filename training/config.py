@@ -191,7 +191,8 @@ class TrainConfig:
 
     def describe(self) -> dict[str, Any]:
         """The config as plain nested dicts and lists, ready for TOML or JSON."""
-        return _plain(self)
+        described: dict[str, Any] = _plain(self)
+        return described
 
 
 def _plain(value: Any) -> Any:

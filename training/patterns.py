@@ -1,7 +1,8 @@
 """Group the nodes of a traced model into plans: one plan is one unit to be.
 
 A plan starts at an anchor (convolution, linear layer, addition, pooling, flatten, dropout) and absorbs the BatchNorm
-and the activation that follow it. What is neither an anchor nor absorbed has no integer kernel here and is refused by name.
+and the activation that follow it. What is neither an anchor nor absorbed has no integer kernel here and is refused by
+name.
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ def _average_pool(planner: _Planner, node: fx.Node, layer: Any) -> None:
 def _max_pool(planner: _Planner, node: fx.Node, layer: Any) -> None:
     if layer is None:
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        layer = nn.MaxPool2d(**{**dict(zip(names, node.args[1:], strict=False)), **node.kwargs})
+        arguments: dict[str, Any] = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+        layer = nn.MaxPool2d(**{name: arguments[name] for name in names if name in arguments})
     planner.anchor(node, "max_pool", (node.args[0],), layer)
 
 
@@ -267,7 +269,7 @@ def _is_shape_query(node: fx.Node) -> bool:
     if node.op == "call_method" and node.target == "size":
         return True
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] == "shape"
+        return bool(node.args[1] == "shape")
     indexes = node.op == "call_function" and node.target is operator.getitem
     return indexes and _is_shape_query(cast(fx.Node, node.args[0]))
 

@@ -115,13 +115,13 @@ def quantize(x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:
     real = codes * step they give LSQ's round(x/step) - x/step inside, lower or upper outside.
     Source: Esser et al. 2020 (arXiv:1902.08153), eq. 1-3 and 5.
     """
-    codes: Tensor = _Quantize.apply(x, step, lower, upper)  # type: ignore[no-untyped-call]
+    codes: Tensor = _Quantize.apply(x, step, lower, upper)
     return codes
 
 
 def round_clamp(ratio: Tensor, lower: int, upper: int) -> Tensor:
     """clamp(round(ratio), lower, upper), rounding half to even; the gradient passes strictly inside the range."""
-    codes: Tensor = _RoundClamp.apply(ratio, lower, upper)  # type: ignore[no-untyped-call]
+    codes: Tensor = _RoundClamp.apply(ratio, lower, upper)
     return codes
 
 
@@ -132,13 +132,13 @@ def round_through(x: Tensor) -> Tensor:
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """X itself; its gradient times factor (LSQ sec. 2.2 uses 1 / sqrt(N * upper))."""
-    scaled: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    scaled: Tensor = _ScaleGradient.apply(x, factor)
     return scaled
 
 
 def clamp_passing_gradient(x: Tensor, lower: float, upper: float) -> Tensor:
     """clamp(x, lower, upper) whose gradient passes everywhere, so that a bounded step can come back."""
-    clamped: Tensor = _ClampPassingGradient.apply(x, lower, upper)  # type: ignore[no-untyped-call]
+    clamped: Tensor = _ClampPassingGradient.apply(x, lower, upper)
     return clamped
 
 
@@ -165,12 +165,12 @@ class ActivationQuantizer(nn.Module):
     @property
     def zero_point(self) -> int:
         """Stored code of real zero."""
-        return 2 ** (self.bits - 1) if self.signed else 0
+        return 1 << (self.bits - 1) if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """Largest stored code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def largest_step(self) -> float:
@@ -218,12 +218,12 @@ class WeightQuantizer(nn.Module):
     @property
     def lower(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def upper(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [O, ...] and step [O]."""
