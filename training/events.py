@@ -15,7 +15,7 @@ from pathlib import Path
 class StageEvent:
     """A stage begins, or goes on after a resume.
 
-    stages: every stage of this run, in order. epochs, steps: epochs of this stage and steps in each (0 for "calibrate").
+    stages: every stage of this run, in order. epochs, steps: epochs of this stage and steps in each; 0 for "calibrate".
     epoch, step: how many of them an earlier session has already done; both 0 for a fresh stage.
     parameters: trainable numbers in this stage. device: where it runs, as torch spells it.
     """
@@ -84,13 +84,13 @@ Event = StageEvent | StepEvent | EpochEvent | WarningEvent
 class TrainingInterrupted(Exception):
     """Ctrl-C (or SIGTERM) stopped the run; `train(..., resume=True)` goes on from `path` as if nothing had happened.
 
-    path: the newest checkpoint, or None when none could be written. stage, epoch, step: what `path` holds as finished.
+    path: the newest checkpoint, or None when there is none. stage, epoch, step: what it holds as done, that is `epoch`
+    whole epochs of the stage and `step` steps of the next one.
     """
 
     def __init__(self, path: Path | None, *, stage: str, epoch: int, step: int) -> None:
-        where = f"{stage} epoch {epoch}, step {step}"
-        saved = f"saved as {path.name}" if path is not None else "nothing could be saved"
-        super().__init__(f"Interrupted in {where}; {saved}.")
+        saved = "nothing is saved" if path is None else f"saved as {path.name}"
+        super().__init__(f"Interrupted after {epoch} epochs and {step} steps of stage {stage}; {saved}.")
         self.path = path
         self.stage = stage
         self.epoch = epoch
