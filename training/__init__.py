@@ -1,1 +1,77 @@
-"""The training room: numerics, quantised units, the coding objective, data, models and the loop."""
+"""The training room: quantisation-aware training, from numbers to a finished run.
+
+    quantizers.py    learned step sizes (LSQ): pure functions, and the two modules that hold a step
+    deployed.py      the arithmetic of onnxruntime's integer kernels, differentiable
+    units.py         quantised units: one unit is one integer kernel at run time
+    patterns.py      torch.fx nodes -> plans of units;  widths.py: at which width each is stored and read
+    prepare.py       float model -> QuantizedModel (model.py);  calibrate.py: its first step sizes
+    coding.py        coding rates;  mec.py: the maximum-entropy-coding objective made of them
+    data/            images in memory or streamed;  models.py: the networks a config can name
+    loop.py          the stages of a run;  checkpoint.py: what survives it;  config.py: what it can be told
+    seeding.py       one seed, derived for every step: nothing random has a state to lose
+
+Names below load on first use, so that reading a config costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from mecdeploy.training.config import (
+    DataConfig,
+    MecConfig,
+    ModelConfig,
+    QuantConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from mecdeploy.training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from mecdeploy.training.calibrate import calibrate
+    from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.loop import train
+    from mecdeploy.training.model import QuantizedModel
+    from mecdeploy.training.models import available_models, build_model
+    from mecdeploy.training.prepare import prepare
+    from mecdeploy.training.run import load_run
+    from mecdeploy.training.units import InputSpec
+
+__all__ = [
+    "DataConfig",
+    "InputSpec",
+    "MecConfig",
+    "ModelConfig",
+    "QuantConfig",
+    "QuantizedModel",
+    "ScheduleConfig",
+    "TrainConfig",
+    "TrainingError",
+    "available_models",
+    "build_model",
+    "calibrate",
+    "load_dataset",
+    "load_run",
+    "prepare",
+    "train",
+]
+
+_HOMES = {
+    "InputSpec": "units",
+    "QuantizedModel": "model",
+    "available_models": "models",
+    "build_model": "models",
+    "calibrate": "calibrate",
+    "load_dataset": "data",
+    "load_run": "run",
+    "prepare": "prepare",
+    "train": "loop",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a name from its module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
