@@ -38,8 +38,11 @@ class DataConfig:
 
     name: digits, cifar10, cifar100, fashion-mnist, or imagefolder:PATH (PATH/train/<class>/*, PATH/val|test/<class>/*).
     root: where torchvision keeps (and downloads) its data sets.
-    image_size: side in pixels; 0 means the images' own size when all agree, else 224.
+    image_size: side in pixels; 0 means the images' own size when all agree, else 224, unless
+    none is larger than 64 pixels: then it has to be given.
     validation_fraction: carved from the training images when a folder has no val or test part.
+    augment: random crops while training. flip: and mirrored images, where classes survive it (never digits, nor
+    grayscale folders, which tend to hold characters).
     """
 
     name: str = "digits"
@@ -50,6 +53,7 @@ class DataConfig:
     skip_bad_images: bool = False
     workers: int = 2
     augment: bool = True
+    flip: bool = True
 
     def __post_init__(self) -> None:
         _require_at_least("data.image_size", self.image_size, 0)
