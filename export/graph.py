@@ -49,14 +49,16 @@ class Weight:
     """Symmetric weights: real = codes * scale[output channel].
 
     codes: int8 [O, I / groups, kh, kw] (Conv) or [O, I] (Gemm), in -2^(bits-1)..2^(bits-1)-1.
-    bits: the width they were trained at or, after the widen pass, the width they are packed at.
+    bits: the width they were trained at: 2, 3, 4 or 8.
     scale: float32 [O], finite, > 0; BatchNorm's gamma and sigma are already in it.
-    storage: int8, int4, int2 or table; empty until the storage pass chooses.
+    packed_bits: the width they take in the file, >= bits; 0 until a pass chooses.
+    storage: int8, int4, int2 or table; empty until a pass chooses.
     """
 
     codes: NDArray[np.int8]
     bits: int
     scale: NDArray[np.float32]
+    packed_bits: int = 0
     storage: str = ""
 
 
@@ -101,7 +103,10 @@ class Add:
 
 @dataclass(frozen=True, kw_only=True)
 class MaxPool:
-    """Maximum over windows, on the codes: the output has the input's Quantization. padding: (top, left, bottom, right)."""
+    """Maximum over windows, on the codes: the output has the input's Quantization.
+
+    kernel, stride, dilation: (height, width). padding: (top, left, bottom, right); padded places never win.
+    """
 
     name: str
     input: str

@@ -1,0 +1,66 @@
+"""Packed weights: how each storage becomes an int8 tensor inside the model.
+
+Every chain here has constant inputs, so onnxruntime folds it once, at load, and the convolution reads plain int8. INT4
+read directly by DequantizeLinear is not folded: it runs a float convolution, slower than fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import numpy as np
+from onnx import TensorProto
+
+from mecdeploy.export.emission.builder import INT8, INT32, GraphBuilder
+from mecdeploy.export.graph import Weight
+from mecdeploy.export.packing import VALUES_PER_ROW, lookup_table, pack, pack_rows
+
+
+def emit_weight(builder: GraphBuilder, unit: str, weight: Weight) -> str:
+    """Write `<unit>/weight`, int8 of the weight's own shape, and `<unit>/weight/real` from it; return the latter.
+
+    The zero points are explicit because onnxruntime makes no QGemm without them.
+    """
+    codes = STORAGES[weight.storage](builder, f"{unit}/weight", weight)
+    scale = builder.initializer(f"{unit}/weight/scale", weight.scale)
+    zero_point = builder.shared(f"zeros/{weight.scale.size}", np.zeros(weight.scale.size, np.int8))
+    return builder.node("DequantizeLinear", [codes, scale, zero_point], f"{unit}/weight/real", axis=0)
+
+
+def _emit_int8(builder: GraphBuilder, name: str, weight: Weight) -> str:
+    return builder.initializer(name, weight.codes)
+
+
+def _emit_int4(builder: GraphBuilder, name: str, weight: Weight) -> str:
+    packed = pack(weight.codes, 4)
+    narrow = builder.packed_initializer(f"{name}/packed", packed, TensorProto.INT4, weight.codes.shape)
+    return builder.node("Cast", [narrow], name, to=INT8)
+
+
+def _emit_int2(builder: GraphBuilder, name: str, weight: Weight) -> str:
+    packed = pack(weight.codes, 2)
+    narrow = builder.packed_initializer(f"{name}/packed", packed, TensorProto.INT2, weight.codes.shape)
+    return builder.node("Cast", [narrow], name, to=INT8)
+
+
+def _emit_table(builder: GraphBuilder, name: str, weight: Weight) -> str:
+    """Row indices -> Cast -> Gather(table) -> Reshape; a Slice drops the padding of a count that fills no last row."""
+    bits = weight.packed_bits
+    packed = builder.initializer(f"{name}/packed", pack_rows(weight.codes, bits))
+    table = builder.shared(f"table/{bits}bit", lookup_table(bits))
+    index = builder.node("Cast", [packed], f"{name}/index", to=INT32)
+    codes = builder.node("Gather", [table, index], f"{name}/rows", axis=0)
+    if weight.codes.size % VALUES_PER_ROW[bits]:
+        flat = builder.shared("shape/flat", np.array([-1], np.int64))
+        codes = builder.node("Reshape", [codes, flat], f"{name}/flat")
+        start = builder.shared("slice/start", np.array([0], np.int64))
+        end = builder.initializer(f"{name}/count", np.array([weight.codes.size], np.int64))
+        codes = builder.node("Slice", [codes, start, end], f"{name}/codes")
+    shape = builder.initializer(f"{name}/shape", np.array(weight.codes.shape, np.int64))
+    return builder.node("Reshape", [codes, shape], name)
+
+
+STORAGES: MappingProxyType[str, Callable[[GraphBuilder, str, Weight], str]] = MappingProxyType(
+    {"int8": _emit_int8, "int4": _emit_int4, "int2": _emit_int2, "table": _emit_table}
+)
