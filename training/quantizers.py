@@ -79,32 +79,36 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:
-        ctx.save_for_backward(x, step)
+        ratio = x / step
+        ctx.save_for_backward(ratio, step)
         ctx.lower, ctx.upper = lower, upper
-        return torch.round(x / step).clamp_(lower, upper)
+        return torch.round(ratio).clamp_(lower, upper)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, step = ctx.saved_tensors
-        ratio = x / step
-        inside = (ratio > ctx.lower) & (ratio < ctx.upper)
-        grad_x = grads[0] * inside / step
-        grad_step = None
-        if ctx.needs_input_grad[1]:
-            grad_step = -(grad_x * ratio).sum_to_size(step.shape)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        ratio, step = ctx.saved_tensors
+        grad_x = _zero_outside(grads[0], ratio, ctx.lower, ctx.upper).mul_(step.reciprocal())
+        grad_step = -(grad_x * ratio).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
         return grad_x, grad_step, None, None
 
 
 class _RoundClamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ratio: Tensor, lower: int, upper: int) -> Tensor:
-        ctx.save_for_backward((ratio > lower) & (ratio < upper))
+        ctx.save_for_backward(ratio)
+        ctx.lower, ctx.upper = lower, upper
         return torch.round(ratio).clamp_(lower, upper)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None
+        (ratio,) = ctx.saved_tensors
+        return _zero_outside(grads[0], ratio, ctx.lower, ctx.upper), None, None
+
+
+def _zero_outside(grad: Tensor, ratio: Tensor, lower: int, upper: int) -> Tensor:
+    """grad where lower < ratio < upper, else 0: one pass, no mask in memory."""
+    kept: Tensor = torch.ops.aten.hardtanh_backward(grad, ratio, lower, upper)
+    return kept
 
 
 def quantize(x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:

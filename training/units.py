@@ -119,14 +119,13 @@ class WeightedUnit(Unit):
         return deployed.requantize(accumulator, x.scale * scale, self.output)
 
     def _training(self, x: QTensor, codes: Tensor, step: Tensor) -> QTensor | Tensor:
-        scale = x.scale * step
+        # Both scales act on the weight, the smallest operand, instead of on the whole output.
+        weight = codes * (x.scale * step).view(-1, *[1] * (codes.dim() - 1))
         if self.geometry is None:
-            y = F.linear(x.codes, codes) * scale
+            y = F.linear(x.codes, weight, self.bias)
         else:
             g = self.geometry
-            y = F.conv2d(x.codes, codes, None, g.stride, g.padding, g.dilation, g.groups) * scale.view(-1, 1, 1)
-        if self.bias is not None:
-            y = y + (self.bias if self.geometry is None else self.bias.view(-1, 1, 1))
+            y = F.conv2d(x.codes, weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
         if self.batch_norm is not None:
             y = _batch_norm(y, self.batch_norm)
         return y if self.output is None else self.output(y)
@@ -151,7 +150,7 @@ class AddUnit(Unit):
         if self.simulates_deployment:
             results = tuple(deployed.add(a, b, output) for output in self.outputs)  # type: ignore[arg-type]
         else:
-            total = a.dequantize() + b.dequantize()
+            total = torch.addcmul(a.dequantize(), b.codes, b.scale)
             results = tuple(output(total) for output in self.outputs)
         return results[0] if len(results) == 1 else results
 
