@@ -106,7 +106,7 @@ class _RoundClamp(torch.autograd.Function):
 
 
 def _zero_outside(grad: Tensor, ratio: Tensor, lower: int, upper: int) -> Tensor:
-    """grad where lower < ratio < upper, else 0: one pass, no mask in memory."""
+    """The gradient where lower < ratio < upper, else 0: one pass, no mask in memory."""
     kept: Tensor = torch.ops.aten.hardtanh_backward(grad, ratio, lower, upper)
     return kept
 
