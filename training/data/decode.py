@@ -1,0 +1,166 @@
+"""From an image file to uint8 pixels. No torch here: worker processes that decode need nothing of it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from mecdeploy.training.data.geometry import covering_size, random_resized_box
+from mecdeploy.training.errors import TrainingError
+
+_DEEP_GRAY = ("I", "I;16", "I;16L", "I;16B")  # 16 bits; which of these a PNG opens as depends on Pillow's version
+_GRAY = ("1", "L", "LA", *_DEEP_GRAY)
+_CHUNK = 256  # images per task: below that, passing tasks to threads costs as much as decoding 32x32 JPEGs
+
+
+class UnreadableImage(TrainingError):
+    """An image file that cannot be decoded. path: the file. reason: why, in a few words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"{path!r} is no readable image ({reason}). Replace or remove it, or leave such files out with "
+            f"--skip-bad-images (data.skip_bad_images = true)."
+        )
+
+    def __reduce__(self) -> tuple[type[UnreadableImage], tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+def decode_image(path: str | os.PathLike[str], *, channels: int, height: int, width: int) -> NDArray[np.uint8]:
+    """The pixels that validation and deployment see: uint8 [channels, height, width].
+
+    The rule, for whoever has to repeat it (with Pillow; nothing else happens, EXIF orientation is not applied):
+    1. First frame. 16-bit grayscale (modes I, I;16*): clip to 0..65535, keep the high byte, now mode L. A palette
+       with transparency becomes RGBA. Then convert("L") for 1 channel or convert("RGB") for 3, which drops alpha.
+    2. If the size is already height x width, the pixels are untouched.
+    3. Else resize with BILINEAR (Pillow's, which averages when it shrinks) to the smallest size that covers
+       height x width at the image's aspect ratio: if w * height >= h * width, to (height, w * height / h), otherwise
+       to (h * width / w, width), rounded half up in integers. For a square target that is "shorter side to size".
+    4. Cut out the centre: top = (resized height - height) // 2, left = (resized width - width) // 2.
+    UnreadableImage (a TrainingError) if the file cannot be decoded.
+    """
+    image = open_image(path, channels)
+    size = (image.height, image.width)
+    if size != (height, width):
+        resized = covering_size(size, (height, width))
+        image = image.resize((resized[1], resized[0]), Image.Resampling.BILINEAR)
+        top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return _channels_first(image)
+
+
+def decode_augmented(
+    path: str, *, channels: int, height: int, width: int, views: int, flip: bool, draw: random.Random
+) -> NDArray[np.uint8]:
+    """Random resized crops of one image, mirrored half of the time if flip: uint8 [views, channels, height, width].
+
+    View k depends on the state of `draw` and on k alone, not on how many views are asked for.
+    """
+    image = open_image(path, channels)
+    cut = []
+    for _ in range(views):
+        box = random_resized_box((image.height, image.width), (height, width), draw)
+        mirrored = draw.random() < 0.5
+        pixels = _channels_first(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        cut.append(pixels[:, :, ::-1] if mirrored and flip else pixels)
+    return np.stack(cut)
+
+
+def decode_many(
+    paths: Sequence[str], *, channels: int, height: int, width: int
+) -> tuple[NDArray[np.uint8], list[UnreadableImage]]:
+    """`decode_image` of every path, on all cores: uint8 [n, channels, height, width] and what could not be read.
+
+    The row of an unreadable image is zeros.
+    """
+    pixels = np.zeros((len(paths), channels, height, width), np.uint8)
+
+    def decode(index: int) -> None:
+        pixels[index] = decode_image(paths[index], channels=channels, height=height, width=width)
+
+    return pixels, _for_each(paths, decode)
+
+
+def raise_first(refused: Sequence[UnreadableImage]) -> None:
+    """Raise the first of the unreadable images, if there is one, saying how many others there are."""
+    if refused:
+        more = f"; {len(refused) - 1} more cannot be read either" if len(refused) > 1 else ""
+        raise UnreadableImage(refused[0].path, refused[0].reason + more)
+
+
+def find_unreadable(paths: Sequence[str], channels: int) -> list[UnreadableImage]:
+    """Every file that `open_image` refuses, by reading each to its end, on all cores."""
+    return _for_each(paths, lambda index: open_image(paths[index], channels, smallest=True))
+
+
+def probe_image(path: str) -> tuple[int, int, bool]:
+    """Height, width and whether the image is grayscale (1, 8 or 16 bits, with or without alpha), from its header."""
+    with _refusals(path), Image.open(path) as image:
+        return image.height, image.width, image.mode in _GRAY
+
+
+def open_image(path: str | os.PathLike[str], channels: int, *, smallest: bool = False) -> Image.Image:
+    """Decode a whole file to mode L (1 channel) or RGB (3). smallest: a JPEG may come at an eighth of its size."""
+    mode = "L" if channels == 1 else "RGB"
+    with _refusals(path), Image.open(path) as file:
+        if smallest:
+            file.draft(None, (1, 1))
+        image: Image.Image = file
+        if image.mode in _DEEP_GRAY:
+            image = Image.fromarray((np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("32-bit float pixels have no 8-bit meaning")
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        image.load()
+        return image if image.mode == mode else image.convert(mode)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _refusals(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, UnreadableImage):
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage(os.fspath(path), "of no known image format") from None
+    except Exception as error:  # Pillow's decoders raise nearly every type there is for a damaged file
+        lines = str(getattr(error, "strerror", None) or error).splitlines()
+        raise UnreadableImage(os.fspath(path), lines[0] if lines else type(error).__name__) from None
+
+
+def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _for_each(paths: Sequence[str], work: Callable[[int], object]) -> list[UnreadableImage]:
+    """Call work(index) for every path on threads (Pillow decodes outside the lock); what was unreadable, in order."""
+
+    def run(first: int) -> list[UnreadableImage]:
+        refused = []
+        for index in range(first, min(first + _CHUNK, len(paths))):
+            try:
+                work(index)
+            except UnreadableImage as error:
+                refused.append(error)
+        return refused
+
+    pool = ThreadPoolExecutor(usable_cores())
+    try:
+        return [error for refused in pool.map(run, range(0, len(paths), _CHUNK)) for error in refused]
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C stops at once

@@ -1,0 +1,156 @@
+"""A data set from an image folder: what size and colour it has, and whether it lives in memory or is streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from mecdeploy.training.config import DataConfig
+from mecdeploy.training.data.decode import UnreadableImage, decode_many, find_unreadable, probe_image, raise_first
+from mecdeploy.training.data.folder import FolderPart, ImageFolder, scan_folder
+from mecdeploy.training.data.memory import MemorySource
+from mecdeploy.training.data.source import ImageDataset, ImageSource
+from mecdeploy.training.data.statistics import pixel_statistics
+from mecdeploy.training.data.stream import StreamSource
+from mecdeploy.training.errors import TrainingError
+
+SMALL_UP_TO = 64  # pixels: the side up to which images live in memory
+LARGE_SIZE = 224
+MEMORY_LIMIT = 8 << 30  # bytes of decoded pixels; more are streamed whatever their size
+STATISTICS_SAMPLE = 1024  # images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What every image is decoded to: 1 (grayscale) or 3 (RGB) channels, sides in pixels."""
+
+    channels: int
+    height: int
+    width: int
+
+
+def load_image_folder(root: Path, config: DataConfig, *, seed: int) -> ImageDataset:
+    """The images of a folder laid out as `scan_folder` expects.
+
+    Images of at most 64 pixels a side are decoded now and kept in memory; larger ones are decoded by config.workers
+    processes as they are needed. Grayscale images are never mirrored: they tend to be characters.
+    With config.skip_bad_images, unreadable files are left out and listed in ImageDataset.skipped; to find them, every
+    file is read once. seed draws the images that the pixel statistics of a streamed set are taken from.
+    TrainingError as `scan_folder` and `survey`, or if skipping leaves a class without training images.
+    """
+    folder = scan_folder(root, validation_fraction=config.validation_fraction)
+    shape = survey(folder, image_size=config.image_size, skip_unreadable=config.skip_bad_images)
+    skipped: tuple[str, ...] = ()
+    if config.skip_bad_images:
+        unreadable = find_unreadable((*folder.train.paths, *folder.validation.paths), shape.channels)
+        skipped = tuple(image.path for image in unreadable)
+        folder = _without(folder, frozenset(skipped))
+    flip = config.flip and shape.channels == 3
+    train: ImageSource
+    validation: ImageSource
+    if _fits_in_memory(folder, shape):
+        train, validation = _decode(folder.train, shape, flip), _decode(folder.validation, shape, flip)
+        statistics = pixel_statistics(train.arrays()[0])
+    else:
+        train = streamed = _stream(folder.train, shape, flip, config.workers)
+        validation = _stream(folder.validation, shape, flip, config.workers)
+        statistics = pixel_statistics(streamed.sample(STATISTICS_SAMPLE, seed))
+    return ImageDataset(
+        train=train,
+        validation=validation,
+        class_names=folder.class_names,
+        channels=shape.channels,
+        height=shape.height,
+        width=shape.width,
+        pixel_mean=statistics[0],
+        pixel_std=statistics[1],
+        skipped=skipped,
+    )
+
+
+def survey(folder: ImageFolder, *, image_size: int, skip_unreadable: bool) -> Shape:
+    """Decide what the images are decoded to: grayscale only if all of them are; image_size, or else their own size.
+
+    Images of different sizes become 224 x 224 if one of them is larger than 64 pixels, and need an image_size if not.
+    Reads headers, and no more of them than it takes. TrainingError if an image_size is needed, UnreadableImage for a
+    file that is no image unless skip_unreadable.
+    """
+    gray = True
+    sizes: dict[tuple[int, int], str] = {}
+    for path in chain(folder.train.paths, folder.validation.paths):
+        try:
+            height, width, is_gray = probe_image(path)
+        except UnreadableImage:
+            if skip_unreadable:
+                continue
+            raise
+        gray = gray and is_gray
+        sizes.setdefault((height, width), path)
+        if not gray and (image_size or (len(sizes) > 1 and _largest(sizes) > SMALL_UP_TO)):
+            break  # nothing that follows can change the answer
+    channels = 1 if gray else 3
+    if image_size:
+        return Shape(channels=channels, height=image_size, width=image_size)
+    if not sizes:
+        total = len(folder.train.paths) + len(folder.validation.paths)
+        raise TrainingError(f"none of the {total} image files can be read, {folder.train.paths[0]!r} first of all.")
+    (one, first), *others = sizes.items()
+    if not others:
+        return Shape(channels=channels, height=one[0], width=one[1])
+    if _largest(sizes) > SMALL_UP_TO:
+        return Shape(channels=channels, height=LARGE_SIZE, width=LARGE_SIZE)
+    other, second = others[0]
+    raise TrainingError(
+        f"images differ in size: {first!r} is {one[1]}x{one[0]}, {second!r} is {other[1]}x{other[0]}. Set "
+        f"data.image_size (--image-size) to the side they shall be resized to, such as {_largest(sizes)}."
+    )
+
+
+def _largest(sizes: Iterable[tuple[int, int]]) -> int:
+    return max(max(size) for size in sizes)
+
+
+def _fits_in_memory(folder: ImageFolder, shape: Shape) -> bool:
+    count = len(folder.train.paths) + len(folder.validation.paths)
+    size = count * shape.channels * shape.height * shape.width
+    return max(shape.height, shape.width) <= SMALL_UP_TO and size <= MEMORY_LIMIT
+
+
+def _decode(part: FolderPart, shape: Shape, flip: bool) -> MemorySource:
+    pixels, refused = decode_many(part.paths, channels=shape.channels, height=shape.height, width=shape.width)
+    raise_first(refused)
+    return MemorySource(pixels, np.asarray(part.labels), flip=flip)
+
+
+def _stream(part: FolderPart, shape: Shape, flip: bool, workers: int) -> StreamSource:
+    return StreamSource(
+        part.paths,
+        np.asarray(part.labels),
+        channels=shape.channels,
+        height=shape.height,
+        width=shape.width,
+        flip=flip,
+        workers=workers,
+    )
+
+
+def _without(folder: ImageFolder, skipped: frozenset[str]) -> ImageFolder:
+    """The folder without these files; TrainingError if a class has no training image left, or validation has none."""
+    train, validation = (_part_without(part, skipped) for part in (folder.train, folder.validation))
+    for label, name in enumerate(folder.class_names):
+        if label not in train.labels:
+            raise TrainingError(
+                f"class {name!r} has no readable training image left; {len(skipped)} files cannot be read."
+            )
+    if not validation.paths:
+        raise TrainingError(f"no validation image can be read, {folder.validation.paths[0]!r} first of all.")
+    return replace(folder, train=train, validation=validation)
+
+
+def _part_without(part: FolderPart, skipped: frozenset[str]) -> FolderPart:
+    kept = [pair for pair in zip(part.paths, part.labels, strict=True) if pair[0] not in skipped]
+    return FolderPart(tuple(path for path, _ in kept), tuple(label for _, label in kept))

@@ -1,0 +1,58 @@
+"""From the name of a data set to the data set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from mecdeploy.training.config import DataConfig
+from mecdeploy.training.data.builtin import load_cifar10, load_cifar100, load_digits, load_fashion_mnist
+from mecdeploy.training.data.image_folder import load_image_folder
+from mecdeploy.training.data.source import ImageDataset
+from mecdeploy.training.errors import TrainingError
+
+FOLDER_PREFIX = "imagefolder:"
+_NAMED: dict[str, Callable[[DataConfig], ImageDataset]] = {
+    "digits": load_digits,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "fashion-mnist": load_fashion_mnist,
+}
+
+
+def available_datasets() -> tuple[str, ...]:
+    """Every name that `load_dataset` knows, and the form of the one that takes a path."""
+    return (*_NAMED, f"{FOLDER_PREFIX}PATH")
+
+
+def load_dataset(config: DataConfig, *, seed: int) -> ImageDataset:
+    """Load, and where need be download, split or decode, the data set that config.name names.
+
+    No seed moves an image between training and validation; `seed` only draws the images that the pixel statistics of a
+    streamed folder are taken from. TrainingError for an unknown name, missing or damaged files, or an image_size for a
+    set of fixed size.
+    """
+    if config.name.startswith(FOLDER_PREFIX):
+        path = config.name.removeprefix(FOLDER_PREFIX)
+        if not path:
+            raise TrainingError("data.name is 'imagefolder:' without a path; write imagefolder:PATH.")
+        return load_image_folder(Path(path).expanduser(), config, seed=seed)
+    if config.name not in _NAMED:
+        raise TrainingError(_unknown(config.name))
+    dataset = _NAMED[config.name](config)
+    if config.image_size not in (0, dataset.height):
+        raise TrainingError(
+            f"data.image_size is {config.image_size}, but {config.name} has images of {dataset.width}x{dataset.height} "
+            f"pixels; leave it 0 (image folders are the ones that are resized)."
+        )
+    return dataset
+
+
+def _unknown(name: str) -> str:
+    hint = ""
+    if close := difflib.get_close_matches(name.lower(), (*_NAMED, FOLDER_PREFIX.rstrip(":")), n=1):
+        hint = f" Did you mean {close[0] if close[0] in _NAMED else FOLDER_PREFIX + 'PATH'}?"
+    if Path(name).expanduser().is_dir():
+        hint = f" It is a folder: write {FOLDER_PREFIX}{name}."
+    return f"data.name is {name!r}, which is no known data set.{hint} Choose one of {', '.join(available_datasets())}."

@@ -1,0 +1,63 @@
+"""Which image comes when: pure functions of (seed, epoch), and splits that never move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mecdeploy.training.seeding import derive_seed
+
+
+def epoch_order(count: int, seed: int | None, epoch: int) -> Tensor:
+    """Image indices in the order of one epoch, int64 [count]: 0, 1, ... without a seed, else shuffled by both."""
+    if seed is None:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def step_count(count: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """Batches in an epoch. drop_last leaves out a smaller last batch, unless it is the only one."""
+    whole, rest = divmod(count, batch_size)
+    return whole + (1 if rest and not (drop_last and whole) else 0)
+
+
+def step_bounds(count: int, batch_size: int, *, start_step: int, drop_last: bool) -> Iterator[tuple[int, int, int]]:
+    """(step, first, end) of each batch from start_step on; the batch is order[first:end]."""
+    for step in range(start_step, step_count(count, batch_size, drop_last=drop_last)):
+        yield step, step * batch_size, min((step + 1) * batch_size, count)
+
+
+def check_request(batch_size: int, seed: int | None, start_step: int, augment: bool, views: int) -> None:
+    """ValueError for a request for batches that makes no sense."""
+    for name, value, minimum in (("batch_size", batch_size, 1), ("start_step", start_step, 0), ("views", views, 1)):
+        if value < minimum:
+            raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+    if augment and seed is None:
+        raise ValueError("augment needs a seed")
+
+
+def stratified_split(labels: Sequence[int], keys: Sequence[int | str], held_out: int) -> tuple[list[int], list[int]]:
+    """Indices of the images that stay and of those held out, each ascending; every class gives its share.
+
+    keys: what an image is known by, index or path. Which images of a class are held out follows from the hashes of
+    their keys alone: no run's seed and no library's random stream can move them, and a new image moves few others.
+    held_out: how many in all. Shares are rounded by largest remainder (ties: the smaller class index), then kept such
+    that a class of two or more images has one on each side; a class of one image stays whole.
+    """
+    members: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    shares = {label: held_out * len(group) / len(labels) for label, group in members.items()}
+    counts = {label: int(share) for label, share in shares.items()}
+    by_remainder = sorted(members, key=lambda label: counts[label] - shares[label])
+    for label in by_remainder[: held_out - sum(counts.values())]:
+        counts[label] += 1
+    chosen: set[int] = set()
+    for label, group in members.items():
+        count = min(max(counts[label], 1), len(group) - 1)
+        ranked = sorted(group, key=lambda index: (derive_seed("held out", keys[index]), index))
+        chosen.update(ranked[:count])
+    return [i for i in range(len(labels)) if i not in chosen], sorted(chosen)
