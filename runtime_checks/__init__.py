@@ -1,1 +1,41 @@
-"""The runtime checks: an independent witness of what onnxruntime computes."""
+"""The runtime checks: an independent witness of what onnxruntime computes. Imports no other room, and never torch.
+
+checks.py       check_model: everything below, in one report
+structure.py    which kernels onnxruntime made of the file; how many bits every weight takes in it
+exactness.py    PyTorch == onnxruntime == interpreter, unit by unit
+accuracy.py     both networks over all images
+interpreter.py  the graph executed in numpy integers, from the file alone
+  patterns.py     DequantizeLinear -> op -> QuantizeLinear as operands
+  weights.py      packed weights and other constants, decoded
+  kernels.py      integer convolutions, products and pools
+  arithmetic.py   onnxruntime's rounding, as formulas
+runtime.py      onnxruntime sessions: plain, with units exposed, optimiser off
+model_file.py   reading the file and the contract in its metadata
+machine.py      processor and versions
+report.py       the results, as frozen data
+latency.py      interleaved timing of several models
+"""
+
+from mecdeploy.runtime_checks.checks import check_model
+from mecdeploy.runtime_checks.errors import CheckError
+from mecdeploy.runtime_checks.exactness import Reference
+from mecdeploy.runtime_checks.interpreter import Interpreter, interpret
+from mecdeploy.runtime_checks.latency import LatencyReport, compare_latency
+from mecdeploy.runtime_checks.model_file import ModelFile, read_model
+from mecdeploy.runtime_checks.report import ParityReport
+from mecdeploy.runtime_checks.structure import StructureReport, inspect_structure
+
+__all__ = [
+    "CheckError",
+    "Interpreter",
+    "LatencyReport",
+    "ModelFile",
+    "ParityReport",
+    "Reference",
+    "StructureReport",
+    "check_model",
+    "compare_latency",
+    "inspect_structure",
+    "interpret",
+    "read_model",
+]

@@ -1,0 +1,71 @@
+"""Accuracy of the trained network and of the served file over all images, and how far their logits are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mecdeploy.runtime_checks.errors import CheckError
+from mecdeploy.runtime_checks.exactness import Reference, differences
+from mecdeploy.runtime_checks.model_file import LOGITS, ModelFile
+from mecdeploy.runtime_checks.report import Accuracy
+from mecdeploy.runtime_checks.runtime import Runtime, batches
+
+
+def compare_accuracy(
+    file: ModelFile,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    reference: Reference,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Accuracy:
+    """Run both over uint8 images [n, C, H, W] with labels [n], the file as users serve it: nothing exposed."""
+    runtime = Runtime(file)
+    correct_torch = correct_onnxruntime = agree = different = 0
+    largest = 0.0
+    first: int | None = None
+    for chosen in batches(len(images), batch_size):
+        pixels, expected = images[chosen], labels[chosen]
+        ours = np.asarray(reference.logits(pixels))
+        theirs = runtime.run(pixels)[LOGITS]
+        if ours.shape != theirs.shape:
+            raise CheckError(
+                f"{file.label}: logits are {list(theirs.shape[1:])}, the trained network's {list(ours.shape[1:])}. "
+                "Export the run that is checked."
+            )
+        top_torch, top_onnxruntime = ours.argmax(axis=1), theirs.argmax(axis=1)
+        correct_torch += int((top_torch == expected).sum())
+        correct_onnxruntime += int((top_onnxruntime == expected).sum())
+        agree += int((top_torch == top_onnxruntime).sum())
+        count, gap, where = differences(ours, theirs)
+        different += count
+        largest = max(largest, gap)
+        if count and first is None:
+            first = chosen.start + int(where.any(axis=1).argmax())
+        if progress is not None:
+            progress(chosen.stop, len(images))
+    total = len(images)
+    return Accuracy(
+        images=total,
+        accuracy_torch=correct_torch / total,
+        accuracy_onnxruntime=correct_onnxruntime / total,
+        top1_agreement=agree / total,
+        max_logit_difference=largest,
+        logits_different=different,
+        first_different_image=first,
+    )
+
+
+def explain(accuracy: Accuracy) -> list[str]:
+    """A sentence when any logit differs: exactness over some images is a promise for all of them."""
+    if accuracy.logits_different == 0:
+        return []
+    return [
+        f"{accuracy.logits_different} logits over {accuracy.images} images differ between PyTorch and onnxruntime, by "
+        f"at most {accuracy.max_logit_difference:g}, first at image {accuracy.first_different_image}; the top class "
+        f"agrees on {accuracy.top1_agreement:.2%}. Export the run again, from the checkpoint that is checked."
+    ]

@@ -1,0 +1,118 @@
+"""`check_model`: structure, exactness and accuracy of one file, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mecdeploy.runtime_checks import accuracy as accuracies
+from mecdeploy.runtime_checks import exactness as exactnesses
+from mecdeploy.runtime_checks.errors import CheckError
+from mecdeploy.runtime_checks.exactness import Reference
+from mecdeploy.runtime_checks.machine import Cpu, describe_cpu, versions
+from mecdeploy.runtime_checks.model_file import ModelSource, read_model
+from mecdeploy.runtime_checks.report import ParityReport
+from mecdeploy.runtime_checks.structure import inspect_structure
+
+Progress = Callable[[str, int, int], None]
+
+_EXACT_BATCH = 16
+"""Images compared at once: every unit's integers are held on four sides."""
+
+
+def check_model(
+    model: ModelSource,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    reference: Reference,
+    *,
+    exact_images: int = 64,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+    extra_versions: Mapping[str, str] | None = None,
+) -> ParityReport:
+    """Check one exported file against the network it was exported from.
+
+    images: uint8 [n, C, H, W], labels: int64 [n]. exact_images of them, spread over the set, are compared integer for
+    integer; all of them by their logits. progress: called with (stage, done, total). extra_versions: of what the
+    reference computes with. Raises CheckError for a file that is not ours, damaged beyond reading, or not runnable.
+    """
+    file = read_model(model)
+    images, labels = np.asarray(images), np.asarray(labels)
+    file.feed(images[:1])  # refuses images of another shape before any work
+    if len(images) == 0 or labels.shape != (len(images),):
+        raise CheckError(
+            f"{len(images)} images and labels {list(labels.shape)}; a check needs at least one image, "
+            "and a label for each."
+        )
+    if exact_images < 1 or batch_size < 1:
+        raise CheckError(f"exact_images is {exact_images}, batch_size {batch_size}; both must be at least 1.")
+    report = progress if progress is not None else _silent
+    report("structure", 0, 1)
+    structure = inspect_structure(file)
+    report("structure", 1, 1)
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(exact_images, len(images))).round().astype(np.int64))
+    exactness = exactnesses.compare_exactly(
+        file,
+        images[chosen],
+        reference,
+        batch_size=min(batch_size, _EXACT_BATCH),
+        progress=partial(report, "exactness"),
+    )
+    accuracy = accuracies.compare_accuracy(
+        file, images, labels, reference, batch_size=batch_size, progress=partial(report, "accuracy")
+    )
+    cpu = describe_cpu()
+    failures = [
+        *exactnesses.explain(exactness, structure.float_products),
+        *structure.failures,
+        *accuracies.explain(accuracy),
+    ]
+    if failures:
+        failures += _processor_hints(cpu, structure.saturation_risk)
+    first = exactness.first_different
+    return ParityReport(
+        model=file.label,
+        model_bytes=file.size,
+        target=file.target,
+        images=len(images),
+        exact_images=exactness.images,
+        integers_compared=exactness.integers_compared,
+        integers_different=exactness.integers_different,
+        first_different_unit=first.name if first is not None else None,
+        top1_agreement=accuracy.top1_agreement,
+        accuracy_torch=accuracy.accuracy_torch,
+        accuracy_onnxruntime=accuracy.accuracy_onnxruntime,
+        max_logit_difference=max(accuracy.max_logit_difference, exactness.logits.max_difference),
+        logits_compared=exactness.logits.compared,
+        logits_different=exactness.logits.different,
+        float_convolutions=len(structure.float_products),
+        float_convolution_names=structure.float_products,
+        integer_convolutions=len(structure.integer_products),
+        packed_bits=structure.packed_bits,
+        kernels=structure.kernels,
+        weights=structure.weights,
+        units=exactness.units,
+        logits=exactness.logits,
+        optimizer_off=exactness.optimizer_off,
+        saturation_risk=structure.saturation_risk,
+        cpu=cpu,
+        versions={**versions(), **(extra_versions or {})},
+        failures=tuple(failures),
+    )
+
+
+def _processor_hints(cpu: Cpu, saturation_risk: tuple[str, ...]) -> list[str]:
+    """What the processor may have to do with a failure."""
+    if not cpu.note:
+        return []
+    if cpu.vnni is False:
+        return [f"{cpu.note} Units at risk: {', '.join(saturation_risk) or 'none'}."]
+    return [cpu.note]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress for nobody."""

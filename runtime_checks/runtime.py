@@ -1,0 +1,90 @@
+"""onnxruntime sessions: as users run the file, with every unit's integers exposed, or with its optimiser off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from mecdeploy.runtime_checks.errors import CheckError
+from mecdeploy.runtime_checks.model_file import LOGITS, ModelFile
+
+_PROVIDERS = ["CPUExecutionProvider"]
+_ERRORS_ONLY = 3
+
+
+class Runtime:
+    """A session on the CPU.
+
+    exposed: tensors returned beside the logits. Making a QuantizeLinear or Clip output a graph output leaves the fusion
+    around it as it was, so these are the integers of the model people serve (check_model compares the logits of both).
+    optimize: False turns onnxruntime's graph optimiser off: float kernels between DequantizeLinear and QuantizeLinear.
+    threads: 0 lets onnxruntime choose.
+    """
+
+    def __init__(
+        self, file: ModelFile, *, exposed: Sequence[str] = (), optimize: bool = True, threads: int = 0
+    ) -> None:
+        self._file = file
+        self._names = [*exposed, LOGITS]
+        model = expose(file.proto, exposed) if exposed else file.proto
+        self._session = open_session(model.SerializeToString(), file.label, optimize=optimize, threads=threads)
+
+    def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Every exposed tensor and the logits for raw pixels [n, C, H, W]."""
+        try:
+            results = self._session.run(self._names, self._file.feed(pixels))
+        except Exception as error:  # onnxruntime's errors share no narrower base class
+            label = self._file.label
+            raise CheckError(f"{label}: onnxruntime could not run it ({_brief(error)}). Export it again.") from None
+        return dict(zip(self._names, results, strict=True))
+
+
+def expose(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of the model whose uint8 tensors `names` are graph outputs too."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    present = {value.name for value in copy.graph.output}
+    copy.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names if name not in present
+    )
+    return copy
+
+
+def open_session(
+    model: bytes | os.PathLike[str],
+    label: str,
+    *,
+    optimize: bool = True,
+    threads: int = 0,
+    save_optimized: str = "",
+) -> onnxruntime.InferenceSession:
+    """A session at the default optimisation level (or none); CheckError with onnxruntime's first line if it refuses."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    if save_optimized:
+        options.optimized_model_filepath = save_optimized
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+    except Exception as error:  # onnxruntime's errors share no narrower base class
+        raise CheckError(f"{label}: onnxruntime refuses the model ({_brief(error)}). Export it again.") from None
+
+
+def batches(count: int, size: int) -> Iterator[slice]:
+    """Slices that cover range(count), the last one maybe shorter."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

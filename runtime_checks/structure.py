@@ -1,0 +1,208 @@
+"""What onnxruntime makes of the file, and how the file stores its weights.
+
+Both are measured: the kernels in the graph that onnxruntime optimised and saved, the bits in the initialisers' bytes.
+The metadata is only what they are compared with.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from mecdeploy.runtime_checks.model_file import ModelFile, ModelSource, read_model
+from mecdeploy.runtime_checks.patterns import Graph, Product
+from mecdeploy.runtime_checks.runtime import open_session
+
+INTEGER_PRODUCTS = ("QLinearConv", "QGemm", "QLinearMatMul")
+FLOAT_PRODUCTS = (
+    "Conv",  # of onnxruntime's nchwc domain too
+    "FusedConv",
+    "NhwcFusedConv",
+    "ConvTranspose",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "FusedMatMul",
+    "MatMulNBits",
+    "ConvInteger",  # the last four multiply integers but scale in float around it
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+)
+INT16_MAX = 32767
+_RENAMED = re.compile(r"(_token_\d+|_nchwc)+$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightStorage:
+    """One unit's weights as they lie in the file.
+
+    bits: width of a weight in its storage. bits_per_weight: 8 * bytes / weights, padding included, shared tables not.
+    promised_bits: what the metadata says, None when it does not name the unit.
+    """
+
+    unit: str
+    storage: str
+    weights: int
+    bytes: int
+    bits: int
+    bits_per_weight: float
+    promised_bits: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureReport:
+    """kernels: op type -> count in the optimised graph. integer_products, float_products: unit names.
+
+    saturation_risk: units whose pair sums could leave int16, where a CPU without VNNI saturates.
+    """
+
+    kernels: Mapping[str, int]
+    integer_products: tuple[str, ...]
+    float_products: tuple[str, ...]
+    weights: tuple[WeightStorage, ...]
+    saturation_risk: tuple[str, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def packed_bits(self) -> dict[str, int]:
+        """Unit -> bits its weights are packed at, measured."""
+        return {row.unit: row.bits for row in self.weights}
+
+
+def inspect_structure(model: ModelSource | ModelFile) -> StructureReport:
+    """Optimise the model with onnxruntime, list its kernels, and measure how every weight is stored."""
+    file = model if isinstance(model, ModelFile) else read_model(model)
+    graph = Graph(file.proto.graph)
+    products = graph.products()
+    names = {product.node.name: product.unit for product in products}
+    optimized = optimized_graph(file)
+    integer, floating = _find(optimized, INTEGER_PRODUCTS, names), _find(optimized, FLOAT_PRODUCTS, names)
+    weights = tuple(_measure(product, file.weight_bits) for product in products)
+    return StructureReport(
+        kernels=dict(sorted(Counter(node.op_type for node in optimized.node).items())),
+        integer_products=integer,
+        float_products=floating,
+        weights=weights,
+        saturation_risk=tuple(product.unit for product in products if _may_saturate(graph, product)),
+        failures=(
+            *_kernel_failures(products, integer, floating),
+            *chain.from_iterable(map(_storage_failures, weights, products)),
+            *_promise_failures(file, graph, weights),
+            *chain.from_iterable(map(_bias_failures, products)),
+        ),
+    )
+
+
+def optimized_graph(file: ModelFile) -> onnx.GraphProto:
+    """The graph that onnxruntime runs at its default optimisation level."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        open_session(file.proto.SerializeToString(), file.label, save_optimized=str(path))
+        return onnx.load(path).graph
+
+
+def _find(graph: onnx.GraphProto, kinds: tuple[str, ...], units: Mapping[str, str]) -> tuple[str, ...]:
+    """Nodes of these op types by unit; the optimiser appends to names, and drops some."""
+    found = []
+    for node in graph.node:
+        if node.op_type in kinds:
+            name = _RENAMED.sub("", node.name) or _RENAMED.sub("", node.output[0])
+            found.append(units.get(name, name))
+    return tuple(found)
+
+
+def _measure(product: Product, promised: Mapping[str, int]) -> WeightStorage:
+    count = product.weight.size
+    return WeightStorage(
+        unit=product.unit,
+        storage=product.stored.storage,
+        weights=count,
+        bytes=product.stored.stored_bytes,
+        bits=product.stored.bits,
+        bits_per_weight=8 * product.stored.stored_bytes / count,
+        promised_bits=promised.get(product.unit),
+    )
+
+
+def _kernel_failures(products: list[Product], integer: tuple[str, ...], floating: tuple[str, ...]) -> list[str]:
+    if not floating and len(integer) == len(products):
+        return []
+    missing = [product.unit for product in products if product.unit not in integer]
+    return [
+        f"onnxruntime runs {len(integer)} of {len(products)} convolutions and Gemms in integers; "
+        f"in float: {', '.join(floating or missing)}. Export the run again: their biases, scales or clips were changed."
+    ]
+
+
+def _storage_failures(row: WeightStorage, product: Product) -> list[str]:
+    failures = []
+    if row.bits != row.promised_bits:
+        promised = "nothing" if row.promised_bits is None else f"{row.promised_bits} bits"
+        failures.append(
+            f"{row.unit}: the weights are stored at {row.bits} bits, the metadata promises {promised}. "
+            "Export the run again."
+        )
+    full = -(-row.weights // product.stored.per_code) * product.stored.code_bytes
+    if row.bytes > full:
+        failures.append(
+            f"{row.unit}: {row.weights} weights take {row.bytes} bytes where {full} hold them at {row.bits} bits. "
+            "Export the run again: they should be raw data."
+        )
+    return failures
+
+
+def _promise_failures(file: ModelFile, graph: Graph, weights: tuple[WeightStorage, ...]) -> list[str]:
+    stored = {row.unit for row in weights}
+    failures = [
+        f"{name}: the metadata names this unit, but the graph has no weights for it. Export the run again."
+        for name in file.weight_bits
+        if name not in stored
+    ]
+    tensors = graph.tensors()
+    failures += [
+        f"{name}: the metadata lists this tensor, but no node writes it. Export the run again."
+        for name in file.units
+        if name not in tensors
+    ]
+    return failures
+
+
+def _bias_failures(product: Product) -> list[str]:
+    """A bias is in steps of f32(s_x * s_w), exactly.
+
+    onnxruntime reads the integers alone once it has fused, which it does with a scale 1% off for a convolution, and 3x
+    off for a Gemm; other readers rely on the scale.
+    """
+    if product.bias_scale is None:
+        return []
+    expected = product.input.scale * product.weight_scale
+    if np.array_equal(product.bias_scale, expected):
+        return []
+    return [
+        f"{product.unit}: the bias scale is not input scale times weight scale, so one of the three was changed. "
+        "Export the run again."
+    ]
+
+
+def _may_saturate(graph: Graph, product: Product) -> bool:
+    largest_weight = int(np.abs(product.weight.astype(np.int64)).max(initial=0))
+    return 2 * _largest_code(graph, product.input.tensor) * largest_weight > INT16_MAX
+
+
+def _largest_code(graph: Graph, tensor: str) -> int:
+    """What a stored tensor can hold: the Clip's maximum, seen through ops that only move codes, else 255."""
+    node = graph.producers.get(tensor)
+    if node is not None and node.op_type in ("MaxPool", "Flatten", "Reshape"):
+        return _largest_code(graph, node.input[0])
+    if node is not None and node.op_type == "Clip" and len(node.input) > 2 and node.input[2]:
+        return int(graph.constant(node, 2).item())
+    return 255
