@@ -97,7 +97,8 @@ def global_average(x: QTensor, output: ActivationQuantizer) -> QTensor:
     """
     step = output.effective_step(x.codes.shape[1])
     count = x.codes.shape[2] * x.codes.shape[3]
-    return output.from_ratio(x.codes.sum((2, 3), keepdim=True) * (x.scale / (step * count)), step)
+    total = x.codes.sum((2, 3), keepdim=True, dtype=torch.float64).float()
+    return output.from_ratio(total * (x.scale / (step * count)), step)
 
 
 def _fma(x: Tensor, y: Tensor | int, z: Tensor) -> Tensor:
