@@ -54,19 +54,24 @@ def _weight_bits(plans: Plans, plan: Plan, config: QuantConfig) -> int:
 
 def _output_bits(plans: Plans, plan: Plan, config: QuantConfig) -> dict[str, int]:
     bits: dict[str, int] = {}
-    for reader in plans.readers(plan.name):
-        wanted = config.skip_bits
+    for reader in (other for other in plans.by_name.values() if plan.name in other.reads):
         role = role_of(plans, reader)
-        if role == ACT:
-            wanted = config.first_last_bits if reader.name == plans.output else config.act_bits
-            wanted = _override(plan.name, "act_bits", wanted, config)
-        bits[role] = max(wanted, bits.get(role, 0))
+        # What passes codes on hands all its readers the same ones, wide enough for each.
+        for kernel in plans.readers(reader.name) if reader.kind in PASS_THROUGH else [reader]:
+            bits[role] = max(_wanted_bits(plans, plan, kernel, config), bits.get(role, 0))
     if not bits:
         raise TrainingError(f"{plan.name}: its output is never read; remove the layer.")
     widest = max(bits.values())
     if plan.kind != "add" or len(set(bits.values())) == 1:
         return dict.fromkeys(bits, widest)
     return bits
+
+
+def _wanted_bits(plans: Plans, plan: Plan, reader: Plan, config: QuantConfig) -> int:
+    if role_of(plans, reader) == SKIP:
+        return config.skip_bits
+    default = config.first_last_bits if reader.name == plans.output else config.act_bits
+    return _override(plan.name, "act_bits", default, config)
 
 
 def _override(name: str, key: str, default: int, config: QuantConfig) -> int:
