@@ -61,11 +61,9 @@ class Plans:
     def signed(self, name: str) -> bool:
         """Whether the value has both signs."""
         plan = self.by_name.get(name)
-        if plan is None:
-            return False
-        if plan.relu:
-            return False
-        return True if plan.kind in ("weighted", "add") else self.signed(plan.reads[0])
+        if plan is None or plan.kind in ("weighted", "add"):
+            return plan is None or not plan.relu
+        return not plan.relu and self.signed(plan.reads[0])
 
 
 def plan_units(traced: fx.GraphModule) -> Plans:
@@ -99,6 +97,8 @@ class _Planner:
                 "BatchNorm and ReLU/ReLU6 after it, linear, add, max and global average pooling, flatten, dropout. "
                 "Rewrite the layer with these."
             )
+        if not node.args:
+            raise TrainingError(f"{self.where(node)}: its input is a keyword argument; pass it by position.")
         rule(self, node, module)
 
     def _placeholder(self, node: fx.Node) -> None:
@@ -108,7 +108,7 @@ class _Planner:
 
     def _output(self, node: fx.Node) -> str:
         value = node.args[0]
-        plan = self.plans.get(self.source[value]) if isinstance(value, fx.Node) else None
+        plan = self.plans.get(self.source.get(value, "")) if isinstance(value, fx.Node) else None
         if plan is None or not isinstance(plan.layer, nn.Linear) or plan.relu:
             raise TrainingError("the model must return the output of a Linear layer, its logits; end it with one.")
         if any(plan.name in other.reads for other in self.plans.values()):
@@ -147,13 +147,13 @@ class _Planner:
             raise TrainingError(f"{self.where(node)} reads {value!r}, which is no activation; pass tensors only.")
         return self.source[value]
 
-    def absorb(self, node: fx.Node, what: str) -> Plan | None:
+    def absorb(self, node: fx.Node) -> Plan | None:
         """The plan that a following node joins; None if its value is also read without that node."""
-        value = cast(fx.Node, node.args[0])
-        name = self.read(node, value)
+        name = self.read(node, node.args[0])
+        # Every node so far that stands for the plan's value: what it absorbed, and identities in between.
+        alone = all(len(_readers(alias)) == 1 for alias, source in self.source.items() if source == name)
         self.source[node] = name
-        plan = self.plans.get(name)
-        return plan if plan is not None and len(value.users) == 1 else None
+        return self.plans.get(name) if alone else None
 
 
 Rule = Callable[[_Planner, fx.Node, Any], None]
@@ -168,18 +168,20 @@ def _weighted(planner: _Planner, node: fx.Node, layer: Any) -> None:
 
 
 def _batch_norm(planner: _Planner, node: fx.Node, layer: Any) -> None:
-    plan = planner.absorb(node, "BatchNorm")
+    plan = planner.absorb(node)
     if plan is None or not isinstance(plan.layer, nn.Conv2d) or plan.batch_norm is not None or plan.relu:
         raise TrainingError(
             f"{node.target}: a BatchNorm2d folds only into the convolution right before it; reorder the layers."
         )
+    if any(other.batch_norm is layer for other in planner.plans.values()):
+        raise TrainingError(f"{node.target} is called twice; give every convolution a BatchNorm2d of its own.")
     if not layer.affine or not layer.track_running_stats:
         raise TrainingError(f"{node.target}: BatchNorm2d needs affine=True and track_running_stats=True to fold.")
     plan.batch_norm = layer
 
 
 def _relu(planner: _Planner, node: fx.Node, layer: Any) -> None:
-    plan = planner.absorb(node, "ReLU")
+    plan = planner.absorb(node)
     six = isinstance(layer, nn.ReLU6) or node.target is F.relu6
     if plan is None or plan.kind in PASS_THROUGH:
         raise TrainingError(
@@ -213,10 +215,14 @@ def _max_pool(planner: _Planner, node: fx.Node, layer: Any) -> None:
 
 
 def _flatten(planner: _Planner, node: fx.Node, layer: Any) -> None:
-    bounds = (layer.start_dim, layer.end_dim) if layer is not None else (*node.args[1:], *node.kwargs.values())
-    if node.op == "call_method" and node.target in ("view", "reshape"):
-        bounds = () if len(node.args) == 3 and node.args[2] == -1 else (None,)
-    if tuple(bounds) not in ((1,), (1, -1)) and bounds != ():
+    if layer is not None:
+        keeps_batch = (layer.start_dim, layer.end_dim) == (1, -1)
+    elif node.target in ("view", "reshape"):
+        keeps_batch = len(node.args) == 3 and _is_batch_size(node.args[1]) and bool(node.args[2] == -1)
+    else:
+        bounds = {"start_dim": 0, "end_dim": -1, **dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))}
+        keeps_batch = {**bounds, **node.kwargs} == {"start_dim": 1, "end_dim": -1}
+    if not keeps_batch:
         raise TrainingError(f"{planner.where(node)}: only flatten(x, 1), which keeps the batch, has an integer unit.")
     planner.anchor(node, "flatten", (node.args[0],))
 
@@ -272,6 +278,16 @@ def _is_shape_query(node: fx.Node) -> bool:
         return bool(node.args[1] == "shape")
     indexes = node.op == "call_function" and node.target is operator.getitem
     return indexes and _is_shape_query(cast(fx.Node, node.args[0]))
+
+
+def _is_batch_size(value: object) -> bool:
+    """x.size(0), x.size()[0] and x.shape[0]."""
+    return isinstance(value, fx.Node) and _is_shape_query(value) and value.args[1:] == (0,)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value, not only its shape."""
+    return [user for user in node.users if not _is_shape_query(user)]
 
 
 def _operator_name(node: fx.Node, module: nn.Module | None) -> str:

@@ -33,6 +33,9 @@ def prepare(model: nn.Module, config: QuantConfig, spec: InputSpec) -> Quantized
     Raises TrainingError naming the operator that has no unit, or the override that matches none.
     """
     plans = plan_units(_trace(copy.deepcopy(model)))
+    for name in (PIXELS, LOGITS):
+        if name in plans.by_name and name != plans.output:
+            raise TrainingError(f"{name}: the model's own {name} have this name; rename the layer.")
     widths = assign_widths(plans, config)
     units = {plan.name: _build(plan, plans, widths) for plan in plans.by_name.values()}
     program = [
@@ -46,9 +49,9 @@ def _trace(model: nn.Module) -> fx.GraphModule:
     try:
         return fx.symbolic_trace(model)
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise TrainingError(
-            f"{type(model).__name__} cannot be traced: {str(error).splitlines()[0]} "
-            "Its forward must not branch on values of tensors."
+            f"{type(model).__name__} cannot be traced: {reason}. Its forward must not branch on values of tensors."
         ) from error
 
 
