@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mecdeploy.training.config import QuantConfig
+from mecdeploy.training.config import CODED_TENSORS, QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.patterns import PIXELS
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
@@ -86,13 +86,19 @@ class QuantizedModel(nn.Module):
         return [module.step for module in self.modules() if isinstance(module, ActivationQuantizer | WeightQuantizer)]
 
     @contextmanager
-    def record(self) -> Iterator[Recording]:
-        """Collect features, activations and weights of the forwards inside, attached to the autograd graph."""
+    def record(self, code: Collection[str] = CODED_TENSORS) -> Iterator[Recording]:
+        """Collect what forwards inside produce, attached to the autograd graph.
+
+        code: which of features, activations and weights; each costs a pass over its tensors.
+        """
         recording = Recording()
         handles = []
         for name, unit in self.units().items():
-            handles.append(unit.register_forward_hook(_keep_outputs(recording)))
-            if isinstance(unit, WeightedUnit):
+            if unit.output_names == (LOGITS,) and "features" in code:
+                handles.append(unit.register_forward_hook(_keep_features(recording)))
+            elif "activations" in code:
+                handles.append(unit.register_forward_hook(_keep_outputs(recording)))
+            if isinstance(unit, WeightedUnit) and "weights" in code:
                 handles.append(unit.weight_quantizer.register_forward_hook(_keep_weights(recording, name)))
         try:
             yield recording
@@ -133,14 +139,19 @@ def has_kernel(unit: Unit) -> bool:
     return not isinstance(unit, DropoutUnit)
 
 
+def _keep_features(recording: Recording) -> Any:
+    def hook(_: Unit, inputs: tuple[Any, ...], __: Any) -> None:
+        recording.features = inputs[0].dequantize()
+
+    return hook
+
+
 def _keep_outputs(recording: Recording) -> Any:
-    def hook(unit: Unit, inputs: tuple[Any, ...], result: Any) -> None:
+    def hook(unit: Unit, _: Any, result: Any) -> None:
         results = result if isinstance(result, tuple) else (result,)
         for name, value in zip(unit.output_names, results, strict=True):
             if isinstance(value, QTensor):
                 recording.activations[name] = value.dequantize()
-            else:
-                recording.features = inputs[0].dequantize()
 
     return hook
 
