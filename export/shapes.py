@@ -44,24 +44,24 @@ def _max_pool(node: MaxPool, shape: Shape) -> Shape:
 def _windows(node: Conv | MaxPool, shape: Shape, kernel: tuple[int, int], *, ceil_mode: bool) -> tuple[int, int]:
     """Positions of a sliding window over height and width."""
     top, left, bottom, right = node.padding
+    if min(*kernel, *node.stride, *node.dilation) < 1 or min(node.padding) < 0:
+        raise ExportError(
+            f"{type(node).__name__} {node.name}: kernel {kernel}, stride {node.stride}, dilation {node.dilation}, "
+            f"padding {node.padding}; kernels, strides and dilations start at 1, paddings at 0."
+        )
     sizes = []
     for axis, pads in enumerate(((top, bottom), (left, right))):
-        stride, dilation = node.stride[axis], node.dilation[axis]
-        if stride < 1 or dilation < 1 or min(pads) < 0:
-            raise ExportError(
-                f"{type(node).__name__} {node.name}: stride {node.stride}, dilation {node.dilation}, "
-                f"padding {node.padding}; strides and dilations start at 1, paddings at 0."
-            )
-        span = dilation * (kernel[axis] - 1) + 1
-        room = shape[1 + axis] + sum(pads) - span
+        size, stride = shape[1 + axis], node.stride[axis]
+        span = node.dilation[axis] * (kernel[axis] - 1) + 1
+        room = size + sum(pads) - span
         if room < 0:
             raise ExportError(
-                f"{type(node).__name__} {node.name}: a window of {span} does not fit the padded input "
-                f"{shape[1 + axis] + sum(pads)}; feed larger images or use a smaller kernel."
+                f"{type(node).__name__} {node.name}: a window of {span} does not fit the padded input of "
+                f"{size + sum(pads)}; feed larger images or use a smaller kernel."
             )
         steps = math.ceil(room / stride) if ceil_mode else room // stride
         # a window that would start in the far padding is dropped, as PyTorch and onnxruntime do
-        if ceil_mode and steps * stride >= shape[1 + axis] + pads[0]:
+        if ceil_mode and steps * stride >= size + pads[0]:
             steps -= 1
         sizes.append(steps + 1)
     return sizes[0], sizes[1]

@@ -25,6 +25,7 @@ class GraphBuilder:
         self._proto = GraphProto(name=graph.name)
         self._names: set[str] = set()
         self._shared: set[str] = set()
+        self._dequantized: set[str] = set()
 
     def input(self, name: str, element: int, shape: Sequence[int]) -> str:
         """Declare a graph input, batch dimension first."""
@@ -76,7 +77,8 @@ class GraphBuilder:
     def dequantize(self, name: str) -> str:
         """Return value `name` as reals; the first consumer writes the node, the others share it."""
         real = f"{name}/real"
-        if real not in self._names:
+        if name not in self._dequantized:
+            self._dequantized.add(name)
             self.node("DequantizeLinear", [name, *self._parameters(name, self._quantization(name))], real)
         return real
 
