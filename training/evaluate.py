@@ -1,0 +1,33 @@
+"""Accuracy over a data source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mecdeploy.training.data import ImageSource
+from mecdeploy.training.stages import Task
+
+BATCH_SIZE = 256
+
+
+def evaluate(
+    task: Task, source: ImageSource, device: torch.device, between: Callable[[], None] = lambda: None
+) -> float:
+    """Share of the images of `source` whose largest logit is their label's, in evaluation mode, 0..1.
+
+    For a quantised network that is the deployed arithmetic. between: called after each batch; what it raises stops the
+    evaluation. The network's mode is restored.
+    """
+    was_training = task.network.training
+    task.network.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    try:
+        with torch.no_grad():
+            for batch in source.batches(BATCH_SIZE, device=device):
+                correct += (task.logits(batch.images[0]).argmax(1) == batch.labels.to(device)).sum()
+                between()
+    finally:
+        task.network.train(was_training)
+    return int(correct) / len(source)

@@ -1,0 +1,71 @@
+"""The optimiser and its learning rate, both functions of where the run stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mecdeploy.training.config import ScheduleConfig
+
+WARMUP_SHARE = 0.05
+
+
+def build_optimizer(
+    model: nn.Module, schedule: ScheduleConfig, step_sizes: Iterable[nn.Parameter] = ()
+) -> torch.optim.SGD:
+    """SGD with momentum in three groups: weights, which decay; biases and normalisation; quantiser step sizes.
+
+    step_sizes: the parameters of `model` that are LSQ steps; decay would pull them towards finer grids for no reason.
+    """
+    steps = {id(parameter) for parameter in step_sizes}
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "steps": []}
+    for parameter in model.parameters():
+        name = "steps" if id(parameter) in steps else "weights" if parameter.dim() > 1 else "others"
+        groups[name].append(parameter)
+    return torch.optim.SGD(
+        [
+            {"params": parameters, "weight_decay": schedule.weight_decay if name == "weights" else 0.0}
+            for name, parameters in groups.items()
+            if parameters
+        ],
+        lr=0.0,
+        momentum=schedule.momentum,
+    )
+
+
+def learning_rate(base: float, step: int, steps: int) -> float:
+    """Rate of step `step` (from 0) of a schedule of `steps`: a linear warm-up, then half a cosine down to nearly 0.
+
+    Source of the cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983), eq. 5 without restarts.
+    """
+    warmup = round(steps * WARMUP_SHARE)
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1)
+    return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use `rate` in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def momentum_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Momentum by parameter name of `model`; a parameter that has had no gradient yet has none."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
+            found[name] = buffer
+    return found
+
+
+def restore_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Undo `momentum_tensors`, each buffer laid out in memory like its parameter, as SGD itself would have it."""
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[name])
+            optimizer.state[parameter] = {"momentum_buffer": buffer}

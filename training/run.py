@@ -1,0 +1,124 @@
+"""A finished run, read back: what export and check start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, file_sha256, read_checkpoint
+from mecdeploy.training.config import (
+    DataConfig,
+    MecConfig,
+    ModelConfig,
+    QuantConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.model import QuantizedModel
+from mecdeploy.training.models import build_model
+from mecdeploy.training.prepare import prepare
+from mecdeploy.training.retention import CheckpointFolder
+from mecdeploy.training.units import InputSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A finished run on the CPU, both networks in evaluation mode.
+
+    model: the quantised network. float_model: the full-precision one it came from; reads spec.normalize(pixels).
+    checkpoint, sha256: the file and the digest of its bytes. metrics: "accuracy_fp32" and "accuracy_quantized" over the
+    validation images (0..1), and "history", one mapping per epoch with the fields of EpochEvent.
+    """
+
+    model: QuantizedModel
+    float_model: nn.Module
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    spec: InputSpec
+    checkpoint: Path
+    sha256: str
+    metrics: Mapping[str, Any]
+
+
+def load_run(out: Path) -> LoadedRun:
+    """Read the final checkpoint of the run in `out`.
+
+    Raises TrainingError when there is no run, when it has not finished (saying how far it is), when it was trained with
+    method "fp32" and so has nothing quantised, and when the checkpoint is truncated, damaged or not ours.
+    """
+    path = out / FINAL
+    if not path.exists():
+        raise _unfinished(out)
+    checkpoint = read_checkpoint(path)
+    header = checkpoint.header
+    config = _config(header["config"], path)
+    if config.method == "fp32":
+        raise TrainingError(
+            f"{out} was trained with method fp32, so it holds no quantised network. "
+            f"Train another run with method mec or lsq and init {path}."
+        )
+    spec = InputSpec(**header["input"])
+    float_model, model = _networks(checkpoint, config, spec, path)
+    return LoadedRun(
+        model=model,
+        float_model=float_model,
+        config=config,
+        class_names=tuple(header["class_names"]),
+        spec=spec,
+        checkpoint=path,
+        sha256=file_sha256(path),
+        metrics={
+            "accuracy_fp32": header["accuracy_fp32"],
+            "accuracy_quantized": header["accuracy"],
+            "history": header["history"],
+        },
+    )
+
+
+def _networks(
+    checkpoint: Checkpoint, config: TrainConfig, spec: InputSpec, path: Path
+) -> tuple[nn.Module, QuantizedModel]:
+    classes = len(checkpoint.header["class_names"])
+    float_model = build_model(
+        config.model, num_classes=classes, channels=spec.channels, height=spec.height, width=spec.width
+    )
+    try:
+        float_model.load_state_dict(checkpoint.section("float"))
+        model = prepare(float_model, config.quant, spec)
+        model.load_state_dict(checkpoint.section("model"))
+    except RuntimeError as error:
+        raise TrainingError(
+            f"{path} does not fit this version's {config.model.name} ({str(error).splitlines()[0]}). "
+            "Use the version that trained it."
+        ) from error
+    return float_model.eval(), model.eval()
+
+
+def _config(described: Mapping[str, Any], path: Path) -> TrainConfig:
+    sections = {
+        "data": DataConfig,
+        "model": ModelConfig,
+        "quant": QuantConfig,
+        "mec": MecConfig,
+        "schedule": ScheduleConfig,
+    }
+    try:
+        built = {key: make(**described[key]) for key, make in sections.items()}
+        return TrainConfig(**{**described, **built})
+    except (TypeError, KeyError) as error:
+        raise TrainingError(f"{path} was written by another version: its config does not fit ({error}).") from error
+
+
+def _unfinished(out: Path) -> TrainingError:
+    position: Position | None = CheckpointFolder(out).newest()
+    if position is None:
+        return TrainingError(f"{out} holds no checkpoint; give the folder of a finished run.")
+    return TrainingError(
+        f"{out} has not finished: it stands after {position.epoch} epochs and {position.step} steps of stage "
+        f"{position.stage}. Resume it (train with resume, or mecdeploy train --out {out} --resume)."
+    )

@@ -1,0 +1,261 @@
+"""One session of a run: from wherever the state stands to the final checkpoint, or to an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, write_checkpoint
+from mecdeploy.training.data import Batch, step_count
+from mecdeploy.training.device import Readback
+from mecdeploy.training.diagnose import first_non_finite
+from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.evaluate import evaluate
+from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, TrainingInterrupted, WarningEvent
+from mecdeploy.training.interrupt import Interrupts
+from mecdeploy.training.optimizers import learning_rate, set_learning_rate
+from mecdeploy.training.retention import CheckpointFolder
+from mecdeploy.training.seeding import derive_seed
+from mecdeploy.training.stages import Loss, Stage, plan_stages
+from mecdeploy.training.state import State, Tally
+
+SAVE_AFTER_SECONDS = 600.0
+"""An epoch that takes longer is saved on its way, too."""
+
+
+class Session:
+    """Trains a State stage by stage, saving and reporting as it goes."""
+
+    def __init__(
+        self, state: State, folder: CheckpointFolder, report: Callable[[Event], None], interrupts: Interrupts
+    ) -> None:
+        self.state, self.folder, self.report, self.interrupts = state, folder, report, interrupts
+        train, batch_size = state.dataset.train, state.config.schedule.batch_size
+        self.stages = plan_stages(state.config, step_count(len(train), batch_size, drop_last=True))
+        self._saved: Position | None = None
+        self._saved_at = time.monotonic()
+        self._consistent = True  # whether the state is exactly that of its position, so that it may be saved
+
+    def restore(self, checkpoint: Checkpoint, position: Position) -> list[str]:
+        """Go on from a checkpoint; sentences as in State.restore."""
+        complaints = self.state.restore(checkpoint, self.folder.path(position))
+        self._saved = position
+        return complaints
+
+    def run(self) -> Path:
+        """Train what is left and write the final checkpoint; returns its path.
+
+        Raises TrainingInterrupted, after saving, on Ctrl-C or when `report` raises KeyboardInterrupt.
+        """
+        try:
+            for stage in self.stages:
+                if self.state.position <= Position.of(stage.name, stage.epochs, 0):
+                    self._run_stage(stage)
+            return self._conclude()
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+
+    def _run_stage(self, stage: Stage) -> None:
+        state = self.state
+        if stage.name != "fp32" and state.model is None:
+            self._announce("calibrate", 0, 0)
+            self._consistent = False
+            state.quantize()
+            self._consistent = True
+        if stage.name == "deploy" and state.position.stage != "deploy":
+            state.freeze()
+        if state.position.epoch < stage.epochs:
+            self._announce(stage.name, stage.epochs, stage.steps)
+        while state.position.epoch < stage.epochs:
+            self._run_epoch(stage)
+        if state.accuracy_fp32 is None:  # weights from elsewhere, not trained here
+            state.accuracy_fp32 = self._validate()
+            self._save()
+
+    def _run_epoch(self, stage: Stage) -> None:
+        state, config = self.state, self.state.config
+        batches = state.dataset.train.batches(
+            config.schedule.batch_size,
+            device=state.device,
+            seed=derive_seed(config.seed, stage.name),
+            epoch=state.position.epoch,
+            start_step=state.position.step,
+            augment=config.data.augment,
+            views=state.task.views,
+            drop_last=True,
+        )
+        state.task.network.train()
+        images, seconds, clock = 0, 0.0, time.perf_counter()
+        for batch in batches:
+            event = self._step(stage, batch)
+            now = time.perf_counter()
+            state.tally.seconds += now - clock
+            images, seconds, clock = images + len(batch.labels), seconds + now - clock, now
+            self._emit(dataclasses.replace(event, images_per_second=images / max(seconds, 1e-9)))
+            if time.monotonic() - self._saved_at > SAVE_AFTER_SECONDS and event.step < event.steps:
+                self._save()
+                clock = time.perf_counter()
+        self._end_epoch(stage)
+
+    def _step(self, stage: Stage, batch: Batch) -> StepEvent:
+        state = self.state
+        epoch, step = state.position.epoch, state.position.step
+        done = stage.first_step + epoch * stage.steps + step
+        seed = derive_seed(state.config.seed, stage.name, "step", epoch, step)
+
+        def forward() -> Loss:
+            torch.manual_seed(seed)
+            return state.task.loss(batch, fraction=done / stage.schedule_steps, seed=seed)
+
+        self._consistent = False
+        loss = forward()
+        numbers = Readback([loss.total, loss.correct, *loss.terms.values()])
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        total, correct, *values = numbers.values()
+        terms = dict(zip(loss.terms, values, strict=True))
+        if not all(math.isfinite(value) for value in (total, *values)):
+            raise self._broken(stage, total, terms, first_non_finite(state.task.network, forward))
+        rate = learning_rate(stage.base_rate, done, stage.schedule_steps)
+        set_learning_rate(state.optimizer, rate)
+        state.optimizer.step()
+        state.tally.add(len(batch.labels), total, correct, terms)
+        state.position = Position.of(stage.name, epoch, step + 1)
+        self._consistent = True
+        return StepEvent(
+            stage=stage.name,
+            epoch=epoch + 1,
+            epochs=stage.epochs,
+            step=step + 1,
+            steps=stage.steps,
+            loss=total,
+            learning_rate=rate,
+            images_per_second=0.0,
+            terms=terms,
+        )
+
+    def _end_epoch(self, stage: Stage) -> None:
+        state, tally = self.state, self.state.tally
+        accuracy = self._validate()
+        epoch = state.position.epoch + 1
+        event = EpochEvent(
+            stage=stage.name,
+            epoch=epoch,
+            epochs=stage.epochs,
+            loss=tally.mean(tally.loss),
+            terms={name: tally.mean(value) for name, value in tally.terms.items()},
+            train_accuracy=tally.mean(tally.correct),
+            validation_accuracy=accuracy,
+            learning_rate=learning_rate(
+                stage.base_rate, stage.first_step + epoch * stage.steps - 1, stage.schedule_steps
+            ),
+            seconds=tally.seconds,
+            images_per_second=tally.images / max(tally.seconds, 1e-9),
+        )
+        self._consistent = False
+        state.history.append(asdict(event))
+        state.position, state.tally = Position.of(stage.name, epoch, 0), Tally()
+        if stage.name == "fp32" and epoch == stage.epochs:
+            state.accuracy_fp32 = accuracy
+        self._consistent = True
+        self._emit(event)
+        self._save()
+
+    def _validate(self) -> float:
+        state = self.state
+        return evaluate(state.task, state.dataset.validation, state.device, self.interrupts.check)
+
+    def _emit(self, event: Event) -> None:
+        self.report(event)
+        self.interrupts.check()
+
+    def _announce(self, name: str, epochs: int, steps: int) -> None:
+        trained = [stage.name for stage in self.stages if stage.epochs]
+        if len(self.stages) > 1:
+            trained.insert(trained.count("fp32"), "calibrate")
+        resumed = self.state.position if self.state.position.stage == name else Position.of(name, 0, 0)
+        parameters = sum(p.numel() for p in self.state.task.network.parameters() if p.requires_grad)
+        self._emit(
+            StageEvent(
+                stage=name,
+                stages=tuple(trained),
+                epochs=epochs,
+                steps=steps,
+                epoch=resumed.epoch,
+                step=resumed.step,
+                parameters=parameters,
+                device=str(self.state.device),
+            )
+        )
+
+    def _save(self) -> None:
+        """Save, or say why not and go on: the older checkpoints are still there."""
+        position = self.state.position
+        try:
+            self.folder.save(position, self.state.tensors(), self._header())
+            self._saved = position
+        except OSError as error:
+            message = (
+                f"{position.file_name} could not be written ({error.strerror or error}); training goes on without it."
+            )
+            self.report(WarningEvent(message=message))
+        except TrainingError as error:
+            raise TrainingError(f"{error} {self._last_good()}") from error
+        self._saved_at = time.monotonic()
+
+    def _header(self) -> dict[str, Any]:
+        position, history = self.state.position, self.state.history
+        epochs = {stage.name: stage.epochs for stage in self.stages}
+        last = history[-1] if history and not position.step else {}
+        measured = (last.get("stage"), last.get("epoch")) == (position.stage, position.epoch)
+        return {
+            **self.state.header(),
+            "stage_epochs": epochs,
+            "stage_end": position == Position.of(position.stage, epochs[position.stage], 0),
+            "accuracy": last["validation_accuracy"] if measured else None,
+        }
+
+    def _conclude(self) -> Path:
+        state, path = self.state, self.folder.folder / FINAL
+        last = state.history[-1] if state.history else None
+        accuracy = state.accuracy_fp32
+        if state.model is not None:
+            trained = last is not None and last["stage"] != "fp32"
+            accuracy = last["validation_accuracy"] if last is not None and trained else self._validate()
+        tensors = {name: tensor for name, tensor in state.tensors().items() if not name.startswith("momentum.")}
+        try:
+            write_checkpoint(path, tensors, {**self._header(), "accuracy": accuracy, "finished": True})
+        except OSError as error:
+            raise TrainingError(
+                f"{path} could not be written ({error.strerror or error}); make room and resume. {self._last_good()}"
+            ) from error
+        return path
+
+    def _interrupted(self) -> TrainingInterrupted:
+        if self._consistent and self._saved != self.state.position:
+            self._save()
+        saved = self._saved
+        path = None if saved is None else self.folder.path(saved)
+        where = saved or self.state.position
+        return TrainingInterrupted(path, stage=where.stage, epoch=where.epoch, step=where.step)
+
+    def _broken(self, stage: Stage, total: float, terms: dict[str, float], culprit: str) -> TrainingError:
+        position = self.state.position
+        parts = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
+        key = "fp_learning_rate" if stage.name == "fp32" else "learning_rate"
+        return TrainingError(
+            f"the loss is {total} in stage {stage.name}, epoch {position.epoch + 1}, step {position.step + 1} "
+            f"({parts}): {culprit}. Lower schedule.{key} (now {stage.base_rate:g}). {self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        if self._saved is None:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is {self.folder.path(self._saved).name}."

@@ -1,0 +1,216 @@
+"""What the stages of a run are, and what each minimises."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mecdeploy.training.config import MecConfig, TrainConfig
+from mecdeploy.training.data import Batch
+from mecdeploy.training.device import channels_last
+from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.mec import mec_objective
+from mecdeploy.training.model import QuantizedModel
+from mecdeploy.training.recording import Recording
+from mecdeploy.training.units import InputSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training under one schedule.
+
+    first_step, schedule_steps: where the stage begins in its learning rate schedule, and how long that is; "qat" and
+    "deploy" share one. base_rate: the schedule's peak.
+    """
+
+    name: str
+    epochs: int
+    steps: int
+    base_rate: float
+    first_step: int
+    schedule_steps: int
+
+
+def plan_stages(config: TrainConfig, steps: int) -> tuple[Stage, ...]:
+    """The training stages of a run, in order, those of 0 epochs included; steps: optimiser steps in an epoch."""
+    schedule = config.schedule
+    full = Stage(
+        name="fp32",
+        epochs=schedule.fp_epochs,
+        steps=steps,
+        base_rate=schedule.fp_learning_rate,
+        first_step=0,
+        schedule_steps=schedule.fp_epochs * steps,
+    )
+    if config.method == "fp32":
+        return (full,)
+    live = schedule.epochs - schedule.frozen_epochs
+
+    def quantized(name: str, epochs: int, first_epoch: int) -> Stage:
+        return Stage(
+            name=name,
+            epochs=epochs,
+            steps=steps,
+            base_rate=schedule.learning_rate,
+            first_step=first_epoch * steps,
+            schedule_steps=schedule.epochs * steps,
+        )
+
+    return full, quantized("qat", live, 0), quantized("deploy", schedule.frozen_epochs, live)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One step's loss.
+
+    total: () to be minimised, attached to the graph. correct: () right predictions, averaged over views.
+    terms: () parts of the loss for the record, by name.
+    """
+
+    total: Tensor
+    correct: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A network and its loss."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What is trained."""
+        ...
+
+    @property
+    def views(self) -> int:
+        """Augmentations of each image that a batch has to hold."""
+        ...
+
+    def loss(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
+        """Loss of a batch; fraction: share of the quantised schedule already done; seed: of this step alone."""
+        ...
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """uint8 [m, C, H, W] to [m, classes]."""
+        ...
+
+
+class FloatTask:
+    """Cross entropy of the full-precision network on normalised pixels."""
+
+    views = 1
+
+    def __init__(self, network: nn.Module, spec: InputSpec, *, label_smoothing: float, device: torch.device) -> None:
+        self.network, self.spec, self.device = network, spec, device
+        self.label_smoothing = label_smoothing
+
+    def loss(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
+        """Cross entropy of one view."""
+        logits = self.logits(batch.images[0])
+        task = F.cross_entropy(logits, batch.labels.to(self.device), label_smoothing=self.label_smoothing)
+        return Loss(task, _correct(logits, batch.labels.to(self.device)), {"task": task})
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """uint8 [m, C, H, W] to [m, classes]."""
+        scores: Tensor = self.network(self.spec.normalize(channels_last(pixels, self.device)))
+        return scores
+
+
+class QuantizedTask:
+    """Cross entropy of the quantised network, minus the coding objective where `mec` is given.
+
+    teacher: pooled features [m, d] of the full-precision network for normalised images, with mec.views "teacher".
+    """
+
+    def __init__(
+        self,
+        network: QuantizedModel,
+        *,
+        label_smoothing: float,
+        device: torch.device,
+        mec: MecConfig | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.network, self.device = network, device
+        self.label_smoothing, self.mec, self.teacher = label_smoothing, mec, teacher
+        self.views = 2 if mec is not None and mec.views == "augmented" else 1
+
+    def loss(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
+        """Task loss over every view, and the objective of the first against the second or the teacher's."""
+        pixels = channels_last(torch.cat(batch.images), self.device)
+        labels = batch.labels.to(self.device).repeat(self.views)
+        if self.mec is None:
+            logits, recording = self.network(pixels), None
+        else:
+            with self.network.record() as recording:
+                logits = self.network(pixels)
+        task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        correct = _correct(logits, labels) / self.views
+        if self.mec is None or recording is None:
+            return Loss(task, correct, {"task": task})
+        first, other = self._codings(recording, pixels)
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        objective = mec_objective(first, self.mec, other=other, step_fraction=fraction, generator=generator)
+        terms = {
+            "task": task,
+            "mec": objective.total,
+            **{name: torch.as_tensor(t) for name, t in objective.terms.items()},
+        }
+        return Loss(task - objective.total, correct, terms)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """uint8 [m, C, H, W] to [m, classes]."""
+        scores: Tensor = self.network(channels_last(pixels, self.device))
+        return scores
+
+    def _codings(self, recording: Recording, pixels: Tensor) -> tuple[Recording, Recording | None]:
+        if self.views == 2:
+            return split_views(recording)
+        if self.teacher is None:
+            return recording, None
+        with torch.no_grad():
+            return recording, Recording(features=self.teacher(self.network.spec.normalize(pixels)))
+
+
+def split_views(recording: Recording) -> tuple[Recording, Recording]:
+    """The recording of two views that went through together, [2m, ...], as two of [m, ...]; weights are shared."""
+    halves = {name: value.chunk(2) for name, value in recording.activations.items()}
+    features = (None, None) if recording.features is None else recording.features.chunk(2)
+    first, second = (
+        Recording(
+            features=features[view],
+            activations={name: pair[view] for name, pair in halves.items()},
+            weights=dict(recording.weights),
+        )
+        for view in (0, 1)
+    )
+    return first, second
+
+
+def feature_extractor(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A frozen copy of `model` that returns what its last Linear reads: float images to pooled features [m, d].
+
+    Raises TrainingError for a model without a Linear.
+    """
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    linears = [module for module in frozen.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise TrainingError("mec.views is teacher, but the model has no Linear whose input could be coded; use one.")
+    kept: list[Tensor] = []
+    linears[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+
+    def features(images: Tensor) -> Tensor:
+        kept.clear()
+        frozen(images)
+        return kept.pop().flatten(1)
+
+    return features
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) == labels).sum()

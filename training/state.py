@@ -1,0 +1,217 @@
+"""Everything of a run that changes as it trains, and how it goes into a checkpoint and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.checkpoint import Checkpoint, Position
+from mecdeploy.training.config import TrainConfig
+from mecdeploy.training.data import ImageDataset
+from mecdeploy.training.device import place
+from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.initial import load_initial_weights
+from mecdeploy.training.model import QuantizedModel
+from mecdeploy.training.models import build_model
+from mecdeploy.training.optimizers import build_optimizer, momentum_tensors, restore_momentum
+from mecdeploy.training.prepare import prepare
+from mecdeploy.training.seeding import derive_seed
+from mecdeploy.training.stages import FloatTask, QuantizedTask, Task, feature_extractor
+from mecdeploy.training.units import InputSpec
+
+# Where a run computes and finds its files may change between sessions; what it computes may not.
+_MAY_CHANGE = ("device", "init", "data.root", "data.download", "data.workers")
+
+
+@dataclass
+class Tally:
+    """Sums over the part of the current epoch that is done. seconds: training alone."""
+
+    images: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    seconds: float = 0.0
+    terms: dict[str, float] = field(default_factory=dict)
+
+    def add(self, images: int, loss: float, correct: float, terms: Mapping[str, float]) -> None:
+        """Count one step: means over its images, and how many of them were right."""
+        self.images += images
+        self.loss += loss * images
+        self.correct += correct
+        for name, value in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value * images
+
+    def mean(self, total: float) -> float:
+        """A sum as a mean over the images."""
+        return total / max(1, self.images)
+
+
+class State:
+    """A run's networks, optimiser and position.
+
+    float_model: the full-precision network, unchanged after stage fp32. model: the quantised one, once there is one.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
+        self.config, self.dataset, self.device = config, dataset, device
+        self.spec = InputSpec.from_statistics(
+            channels=dataset.channels,
+            height=dataset.height,
+            width=dataset.width,
+            mean=dataset.pixel_mean,
+            std=dataset.pixel_std,
+        )
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        self.float_model = place(
+            build_model(
+                config.model,
+                num_classes=len(dataset.class_names),
+                channels=dataset.channels,
+                height=dataset.height,
+                width=dataset.width,
+            ),
+            device,
+        )
+        self.model: QuantizedModel | None = None
+        self.position = Position.of("fp32", 0, 0)
+        self.tally = Tally()
+        self.history: list[dict[str, Any]] = []
+        self.accuracy_fp32: float | None = None
+        self._begin_float()
+
+    def load_init(self) -> None:
+        """Start from config.init instead of random weights."""
+        load_initial_weights(self.float_model, Path(self.config.init))
+
+    def quantize(self) -> None:
+        """Replace the task by that of a freshly calibrated quantised network, at the start of stage qat."""
+        model = self._prepared()
+        calibrate(model, self._calibration_batches())
+        self._begin_quantized(model)
+        self.position = Position.of("qat", 0, 0)
+
+    def freeze(self) -> None:
+        """Enter stage deploy."""
+        assert self.model is not None
+        self.model.freeze()
+        self.position = Position.of("deploy", 0, 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint of this position holds as tensors."""
+        named = {f"float.{name}": tensor for name, tensor in self.float_model.state_dict().items()}
+        if self.model is not None:
+            named |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        momentum = momentum_tensors(self.optimizer, self.task.network)
+        return named | {f"momentum.{name}": tensor for name, tensor in momentum.items()}
+
+    def header(self) -> dict[str, Any]:
+        """Everything else of it, JSON-able."""
+        return {
+            "config": self.config.describe(),
+            "stage": self.position.stage,
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "tally": dataclasses.asdict(self.tally),
+            "history": self.history,
+            "accuracy_fp32": self.accuracy_fp32,
+            "class_names": list(self.dataset.class_names),
+            "train_images": len(self.dataset.train),
+            "input": dataclasses.asdict(self.spec),
+            "torch": torch.__version__,
+            "device": self.device.type,
+        }
+
+    def restore(self, checkpoint: Checkpoint, path: Path) -> list[str]:
+        """Become what was saved; returns sentences about what may differ from an uninterrupted run.
+
+        Raises TrainingError when config or data are not those of the checkpoint.
+        """
+        header = checkpoint.header
+        self._require_same_run(header, path)
+        self.float_model.load_state_dict(checkpoint.section("float"))
+        self.position = Position.of(header["stage"], header["epoch"], header["step"])
+        if self.position.stage != "fp32":
+            model = self._prepared()
+            if self.position.stage == "deploy":
+                model.freeze()
+            model.load_state_dict(checkpoint.section("model"))
+            self._begin_quantized(model)
+        restore_momentum(self.optimizer, self.task.network, checkpoint.section("momentum"))
+        self.tally = Tally(**header["tally"])
+        self.history, self.accuracy_fp32 = header["history"], header["accuracy_fp32"]
+        now = {"torch": torch.__version__, "device": self.device.type}
+        return [
+            f"{path.name} was written with {key} {header[key]}, this is {key} {value}: "
+            "the result may differ in the last bits from an uninterrupted run."
+            for key, value in now.items()
+            if header[key] != value
+        ]
+
+    def _begin_float(self) -> None:
+        schedule = self.config.schedule
+        self.task: Task = FloatTask(
+            self.float_model, self.spec, label_smoothing=schedule.label_smoothing, device=self.device
+        )
+        self.optimizer = build_optimizer(self.float_model, schedule)
+
+    def _begin_quantized(self, model: QuantizedModel) -> None:
+        mec = self.config.mec if self.config.method == "mec" else None
+        teacher = feature_extractor(self.float_model) if mec is not None and mec.views == "teacher" else None
+        self.model = model
+        self.task = QuantizedTask(
+            model,
+            label_smoothing=self.config.schedule.label_smoothing,
+            device=self.device,
+            mec=mec,
+            teacher=teacher,
+        )
+        self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes())
+
+    def _prepared(self) -> QuantizedModel:
+        model = place(prepare(self.float_model, self.config.quant, self.spec), self.device)
+        assert isinstance(model, QuantizedModel)
+        return model
+
+    def _calibration_batches(self) -> list[Tensor]:
+        schedule = self.config.schedule
+        left, batches = schedule.calibration_images, []
+        seed = derive_seed(self.config.seed, "calibrate")
+        for batch in self.dataset.train.batches(schedule.batch_size, device=self.device, seed=seed, drop_last=True):
+            batches.append(batch.images[0][:left])
+            left -= len(batches[-1])
+            if left < 2:  # BatchNorm has no variance over a single image of one pixel
+                break
+        return batches
+
+    def _require_same_run(self, header: Mapping[str, Any], path: Path) -> None:
+        saved, wanted = _flat(header["config"]), _flat(self.config.describe())
+        for key in sorted({*saved, *wanted}):
+            if not key.startswith(_MAY_CHANGE) and saved.get(key) != wanted.get(key):
+                raise TrainingError(
+                    f"{key} is {wanted.get(key)!r}, but {path} was trained with {saved.get(key)!r}. "
+                    f"Resume with the old value, or start another run from this one with init."
+                )
+        data = {"class_names": list(self.dataset.class_names), "train_images": len(self.dataset.train)}
+        data["input"] = dataclasses.asdict(self.spec)
+        for key, value in data.items():
+            if header[key] != value:
+                raise TrainingError(
+                    f"the data has changed: {key} is {value}, {path} was trained with {header[key]}. Start a new run."
+                )
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and prefix != "quant.":
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
