@@ -1,0 +1,260 @@
+"""The deployed arithmetic against the numpy witness: equal codes, not close ones."""
+
+from __future__ import annotations
+
+import kernel_witness as witness
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mecdeploy.training import deployed
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
+from mecdeploy.training.units import Geometry
+
+F32 = np.float32
+
+
+def quantizer(bits: int, *, signed: bool, step: float) -> ActivationQuantizer:
+    output = ActivationQuantizer(bits, signed=signed)
+    with torch.no_grad():
+        output.step.fill_(step)
+    return output
+
+
+def centred(stored: np.ndarray, zero_point: int, scale: float, qmax: int = 255) -> QTensor:
+    return QTensor(torch.from_numpy(stored.astype(F32)) - zero_point, torch.tensor(scale), zero_point, qmax)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_requantize(bits: int, signed: bool) -> None:
+    rng = np.random.default_rng(bits + 10 * signed)
+    accumulator = rng.integers(-60_000, 60_000, (3, 5, 20, 20))
+    accumulator[:, 0] = np.linspace(-60_000, 60_000, 1200).reshape(3, 20, 20)  # reaches every code
+    accumulator[:, 1] = 4096 * rng.integers(-9, 9, (3, 20, 20)) + 2048  # M is 2^-12: ties only
+    # channel 4 saturates both ways
+    input_scale, step = 0.5, 2.0
+    weight_scale = np.array([0.0173, 2.0**-10, 0.00031, 0.0009, 3.7], F32)
+    output = quantizer(bits, signed=signed, step=step)
+
+    product_scale = torch.tensor(input_scale) * torch.from_numpy(weight_scale)
+    result = deployed.requantize(torch.from_numpy(accumulator).double(), product_scale, output)
+
+    expected = witness.requantize(accumulator, input_scale, weight_scale, step, output.zero_point, output.qmax)
+    assert np.array_equal(result.stored().numpy(), expected)
+    assert len(np.unique(expected)) == 2**bits, "the case should reach every code"
+
+
+def test_requantize_multiplies_in_the_kernels_order() -> None:
+    """f32(f32(s_x * s_w) / s_y) and not f32(s_x * f32(s_w / s_y)): the two part near ties."""
+    rng = np.random.default_rng(0)
+    input_scale, step = 0.0117, 0.0931
+    weight_scale = rng.uniform(0.001, 0.01, 4000).astype(F32)
+    multiplier = (F32(input_scale) * weight_scale) / F32(step)
+    accumulator = np.rint((rng.integers(0, 255, 4000) + 0.5) / multiplier).astype(np.int64)[None]
+    accumulator += rng.integers(-1, 2, 4000)
+    other_order = np.rint(accumulator[0].astype(F32) * (F32(input_scale) * (weight_scale / F32(step))))
+
+    result = deployed.requantize(
+        torch.from_numpy(accumulator).double(),
+        torch.tensor(input_scale) * torch.from_numpy(weight_scale),
+        quantizer(8, signed=False, step=step),
+    )
+
+    expected = witness.requantize(accumulator, input_scale, weight_scale, step, 0, 255)
+    assert np.array_equal(result.stored().numpy(), expected)
+    assert (np.clip(other_order, 0, 255) != expected[0]).any(), "these values would not tell the orders apart"
+
+
+def test_requantize_rounds_a_long_accumulator_once() -> None:
+    """int32 to float32, half to even: 2^24 + 1 becomes 2^24, 2^24 + 3 becomes 2^24 + 4."""
+    accumulator = np.array([[2**24 + 1, 2**24 + 3, -(2**24) - 1, 2**30 + 65]])
+    scale = np.full(4, 2.0**-20, F32)
+    result = deployed.requantize(
+        torch.from_numpy(accumulator).double(), torch.from_numpy(scale), quantizer(8, signed=True, step=2.0**-17)
+    )
+    assert np.array_equal(result.stored().numpy(), witness.requantize(accumulator, 1.0, scale, 2.0**-17, 128, 255))
+
+
+ADD_CASES = [
+    # scales of a, b and y; zero points of a and b
+    (0.0371, 0.0213, 0.0419, 0, 0),
+    (0.0371, 0.0213, 0.0419, 128, 128),
+    (0.0371, 0.0213, 0.0419, 0, 128),
+    (0.25, 0.5, 1.0, 0, 128),  # simple ratios: full of exact ties
+    (0.1, 0.3, 0.2, 128, 0),
+    (0.07, 0.07, 0.14, 0, 0),
+    (1e-6, 3.0, 0.9, 128, 128),  # one side dead
+]
+
+
+@pytest.mark.parametrize("case", ADD_CASES)
+@pytest.mark.parametrize(("bits", "signed"), [(2, False), (4, True), (8, False), (8, True)])
+def test_add(case: tuple[float, float, float, int, int], bits: int, signed: bool) -> None:
+    a_scale, b_scale, scale, a_zero, b_zero = case
+    rng = np.random.default_rng(bits)
+    a, b = rng.integers(0, 256, (2, 1, 1200)).astype(np.uint8)
+    output = quantizer(bits, signed=signed, step=scale)
+
+    result = deployed.add(centred(a, a_zero, a_scale), centred(b, b_zero, b_scale), output)
+
+    expected = witness.add(a, a_scale, a_zero, b, b_scale, b_zero, scale, output.zero_point, output.qmax)
+    assert np.array_equal(result.stored().numpy(), expected)
+    assert (result.zero_point, result.qmax) == (output.zero_point, output.qmax)
+
+
+def test_add_is_not_dequantise_add_quantise() -> None:
+    a, b = (grid.ravel()[None].astype(np.uint8) for grid in np.meshgrid(np.arange(64), np.arange(64)))
+    naive = np.clip(np.rint((a * F32(0.1) + b * F32(0.3)) / F32(0.2)), 0, 255).astype(np.uint8)
+
+    result = deployed.add(centred(a, 0, 0.1), centred(b, 0, 0.3), quantizer(8, signed=False, step=0.2))
+
+    expected = witness.add(a, 0.1, 0, b, 0.3, 0, 0.2, 0, 255)
+    assert np.array_equal(result.stored().numpy(), expected)
+    assert (naive != expected).any(), "these values would not tell the two apart"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (4, 6), (301, 300)])
+@pytest.mark.parametrize(("zero_point", "bits", "signed"), [(0, 8, False), (128, 8, True), (8, 4, True), (0, 2, False)])
+def test_global_average(size: tuple[int, int], zero_point: int, bits: int, signed: bool) -> None:
+    """(301, 300) at code 255 sums beyond 2^24, where float32 has no odd integers."""
+    rng = np.random.default_rng(size[0])
+    stored = rng.integers(0, 256, (2, 9, *size))
+    stored[0, 0], stored[0, 1], stored[0, 2] = 255, 0, zero_point
+    output = quantizer(bits, signed=signed, step=0.11)
+
+    result = deployed.global_average(centred(stored, zero_point, 0.037), output)
+
+    expected = witness.global_average(stored, 0.037, zero_point, 0.11, output.zero_point, output.qmax)
+    assert result.codes.shape == (2, 9, 1, 1)
+    assert np.array_equal(result.stored().numpy(), expected)
+
+
+def test_global_average_at_ties() -> None:
+    stored = np.array([[[[1, 0]], [[3, 0]], [[5, 0]], [[2, 5]]]])
+    result = deployed.global_average(centred(stored, 0, 1.0), quantizer(8, signed=False, step=1.0))
+    assert result.codes.flatten().tolist() == [0.0, 2.0, 2.0, 4.0]  # 0.5, 1.5, 2.5, 3.5 half to even
+
+
+def test_bias_codes() -> None:
+    rng = np.random.default_rng(3)
+    weight_scale = rng.uniform(1e-5, 1e-2, 500).astype(F32)
+    bias = rng.normal(0, 2, 500).astype(F32)
+    weight_scale[:4], bias[:4] = 0.5, [0.125, 0.375, 0.625, -0.125]  # ties at a product scale of 0.25
+    input_scale = 0.5
+    result = deployed.bias_codes(torch.from_numpy(bias), torch.tensor(input_scale) * torch.from_numpy(weight_scale))
+    assert result[:4].tolist() == [0.0, 2.0, 2.0, 0.0]
+    assert np.array_equal(result.numpy(), witness.bias_codes(bias, input_scale, weight_scale))
+
+
+def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(len(gamma))
+    assert norm.running_mean is not None and norm.running_var is not None
+    with torch.no_grad():
+        norm.weight.copy_(gamma)
+        norm.bias.copy_(beta)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+    return norm
+
+
+@torch.no_grad()
+def test_fold_is_the_closed_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    step, gamma, variance = torch.rand(3, 300, generator=generator).add(0.01)
+    bias, beta, mean = torch.randn(3, 300, generator=generator)
+
+    scale, folded = deployed.fold(step, bias, batch_norm(gamma, beta, mean, variance), torch.tensor(0.02))
+
+    gain = gamma.double() / (variance.double() + 1e-5).sqrt()
+    # scale: 4 float32 roundings (add, square root, divide, multiply); each is 2^-24 at most
+    assert bool(((scale.double() / (step.double() * gain) - 1).abs() <= 4.01 * 2**-24).all())
+    closed = beta.double() + (bias.double() - mean.double()) * gain
+    size = beta.abs().double() + (bias - mean).abs().double() * gain
+    # bias: the gain's 3, then subtract, multiply, add
+    assert bool(((folded.double() - closed).abs() <= 6.01 * 2**-24 * size).all())
+
+
+@torch.no_grad()
+def test_fold_without_batch_norm_changes_nothing() -> None:
+    step, bias = torch.tensor([0.3, 0.7]), torch.tensor([1.5, -2.0])
+    scale, folded = deployed.fold(step, bias, None, torch.tensor(0.02))
+    assert torch.equal(scale, step) and torch.equal(folded, bias)
+    scale, folded = deployed.fold(step, None, None, torch.tensor(0.02))
+    assert torch.equal(scale, step) and torch.equal(folded, torch.zeros(2))
+
+
+@pytest.mark.parametrize("input_scale", [1e-4, 0.02, 3.0])
+@torch.no_grad()
+def test_dead_channels_fit_int32(input_scale: float) -> None:
+    """gamma 0; no variance; a huge bias on a tiny scale; all of it with steps down to the smallest."""
+    gamma = torch.tensor([0.0, 0.0, 1e-8, 1.0, 1e-12, 1.0, 0.0, 1.0])
+    beta = torch.tensor([0.0, 0.7, -0.3, 0.1, 1e6, -1e6, 1e-20, 1e30])
+    mean = torch.tensor([0.0, 1.0, 0.2, 0.0, 0.0, 5.0, 1.0, 0.0])
+    variance = torch.tensor([1.0, 1e-12, 1e-12, 0.0, 0.0, 1e-12, 1.0, 1.0])
+    step = torch.tensor([0.1, 0.1, 1e-12, 1e-12, 0.1, 0.1, 1e-12, 1e-6])
+
+    scale, bias = deployed.fold(step, None, batch_norm(gamma, beta, mean, variance), torch.tensor(input_scale))
+
+    product_scale = torch.tensor(input_scale) * scale
+    codes = deployed.bias_codes(bias, product_scale)
+    for tensor in (scale, product_scale, bias, codes):
+        assert bool(torch.isfinite(tensor).all())
+    assert bool((product_scale >= torch.finfo(torch.float32).tiny).all())
+    assert bool((codes.abs() <= 2**30 * (1 + 2**-21)).all())  # 2^30 up to the roundings of the floor
+    # whatever the scale became, the bias is still the bias: half a code, or float32's rounding of a long one
+    error = (codes.double() * product_scale.double() - bias.double()).abs()
+    assert bool((error <= torch.maximum(0.5001 * product_scale.double(), bias.abs().double() * 2**-22)).all())
+
+
+@torch.no_grad()
+def test_only_a_bias_that_overflows_moves_the_scale() -> None:
+    norm = batch_norm(torch.ones(2), torch.tensor([1e6, 1.0]), torch.zeros(2), torch.ones(2))
+    step, input_scale = torch.tensor([1e-3, 1e-3]), torch.tensor(1e-2)
+    scale, _ = deployed.fold(step, None, norm, input_scale)
+    gain = torch.rsqrt(torch.tensor(1 + 1e-5))
+    assert scale[1].item() == pytest.approx((step[1] * gain).item(), rel=3e-7)  # two float32 roundings
+    assert scale[0].item() == pytest.approx(1e6 / (1e-2 * 2**30), rel=3e-7)
+
+
+LIMIT = 2**24
+
+
+@pytest.mark.parametrize(("excess", "dtype"), [(-1, torch.float32), (0, torch.float64), (1, torch.float64)])
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+def test_accumulate_leaves_float32_exactly_at_2_to_24(
+    excess: int, dtype: torch.dtype, convolution: bool, zero_point: int
+) -> None:
+    """The bound is sum |w| * max |x| + |bias|; here it is reached, so float32 would be wrong from 2^24 + 1 on."""
+    farthest = max(zero_point, 255 - zero_point)
+    extreme = 0 if zero_point == farthest else 255
+    weight = np.array([[127, -128, 100, 3], [1, 0, 0, 0]])
+    stored = np.where(weight[:1] > 0, extreme, zero_point)
+    reached = int(((stored - zero_point) * weight[0]).sum())
+    bound = int(np.abs(weight[0]).sum()) * farthest
+    sign = 1 if reached > 0 else -1
+    bias = np.array([sign * (LIMIT + excess - bound), 5])
+    if convolution:
+        weight, stored = weight.reshape(2, 1, 2, 2), stored.reshape(1, 1, 2, 2)
+    geometry = Geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1)) if convolution else None
+
+    result = deployed.accumulate(
+        centred(stored, zero_point, 0.1), torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), geometry
+    )
+
+    assert result.dtype == dtype
+    expected = [int(((stored - zero_point) * row).sum()) + int(b) for row, b in zip(weight, bias, strict=True)]
+    assert [int(v) for v in result.flatten().tolist()] == expected
+
+
+def test_accumulate_is_exact_where_float32_is_not() -> None:
+    """20,000 products of 255 * 127: odd sums near 6.5e8."""
+    rng = np.random.default_rng(0)
+    stored, weight = rng.integers(200, 256, (3, 20_000)), rng.integers(64, 128, (2, 20_000))
+    bias = np.array([1, -1])
+    result = deployed.accumulate(
+        centred(stored, 0, 0.1), torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), None
+    )
+    assert np.array_equal(result.numpy(), stored @ weight.T + bias)
