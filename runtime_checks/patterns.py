@@ -87,9 +87,9 @@ class Graph:
         """Scale and zero point of a QuantizeLinear or DequantizeLinear of activations: one each, uint8."""
         scale, zero_point = self.constant(node, 1), self.constant(node, 2)
         if zero_point.dtype != np.uint8 or zero_point.size != 1:
-            raise fault(node, f"zero point is {zero_point.dtype} {list(zero_point.shape)}; activations need one uint8")
-        if scale.dtype != np.float32 or scale.size != 1 or not scale.item() > 0:
-            raise fault(node, f"scale is {scale.dtype} {list(scale.shape)}; activations need one positive float32")
+            raise fault(node, f"zero point is {zero_point.dtype} {zero_point.tolist()}; activations need one uint8")
+        if scale.dtype != np.float32 or scale.size != 1 or not 0 < scale.item() < np.inf:
+            raise fault(node, f"scale is {scale.dtype} {scale.tolist()}; activations need one positive float32")
         return Quantized(tensor=tensor, scale=np.float32(scale.item()), zero_point=int(zero_point.item()))
 
     def product(self, node: onnx.NodeProto) -> Product:
@@ -133,6 +133,8 @@ class Graph:
         channels = stored.value.shape[axis]
         if scale.dtype != np.float32 or scale.size not in (1, channels):
             raise fault(node, f"its weight scale is {scale.dtype} {list(scale.shape)} for {channels} output channels")
+        if not np.all((scale > 0) & (scale < np.inf)):
+            raise fault(node, "its weight scale has a value that is not positive and finite")
         given = attributes_of(source).get("axis", 1)
         if scale.size > 1 and given % stored.value.ndim != axis:
             raise fault(node, f"its weight scale lies along axis {given}; output channels are axis {axis}")

@@ -163,7 +163,7 @@ class Builder:
         inputs = [self.dequantize(x, name)]
         inputs.append(self.node("DequantizeLinear", [f"{name}/weight", *parameters], f"{name}/weight/real", axis=axis))
         fan_in = codes.size // channels
-        spread_in_steps = np.sqrt(fan_in) * codes.astype(np.float64).std() * x.qmax / 4
+        spread_in_steps = np.sqrt(fan_in * np.square(codes, dtype=np.float64).mean() + 1) * x.qmax / 4
         if bias:
             values = self.rng.normal(0, spread_in_steps / 2, channels).astype(np.int32)
             self.constant(f"{name}/bias", values, np.int32)
@@ -300,3 +300,25 @@ def images(seed: int, count: int, shape: tuple[int, ...] = (3, 13, 11)) -> np.nd
     coarse = rng.integers(0, 256, (count, shape[0], 3, 3)).repeat(shape[1], 2).repeat(shape[2], 3)
     smooth = coarse[:, :, 1 : 3 * shape[1] : 3, 1 : 3 * shape[2] : 3]
     return np.clip(smooth + rng.normal(0, 40, (count, *shape)), 0, 255).astype(np.uint8)
+
+
+def to_logits(build: Builder, x: Tensor, y: Tensor, **ends: Any) -> onnx.ModelProto:
+    """Finish a graph of a few units under test: average, flatten, classify."""
+    flat = build.move("Flatten", "flat", build.pool("GlobalAveragePool", "mean", y))
+    return build.model(x, build.gemm("classifier", flat, 5, to_logits=True), **ends)
+
+
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    (found,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    return found
+
+
+def replace(model: onnx.ModelProto, name: str, value: np.ndarray) -> None:
+    """Overwrite one initialiser in place, in its own type."""
+    tensor = initializer(model, name)
+    tensor.CopyFrom(numpy_helper.from_array(value.astype(numpy_helper.to_array(tensor).dtype), name))
+
+
+def value_of(model: onnx.ModelProto, name: str) -> np.ndarray:
+    """A writable copy of one initialiser."""
+    return numpy_helper.to_array(initializer(model, name)).copy()
