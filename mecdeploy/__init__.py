@@ -1,9 +1,108 @@
-"""mecdeploy: quantisation-aware training that ends in a file people can serve."""
+"""mecdeploy: quantisation-aware training that ends in a file people can serve.
 
+The public API, loaded on first use so that `import mecdeploy` costs nothing:
+
+    train(config, out)              a run folder with checkpoints
+    export(run)                     one ONNX file with packed low-bit weights
+    check(run)                      proof that onnxruntime computes what PyTorch trained
+    predict(model, images)          onnxruntime alone
+    prepare(model, config, spec)    quantise a network of your own
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 # A wheel holds the rooms inside this package, a checkout holds them beside it.
 if not (Path(__file__).parent / "training").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
+
+if TYPE_CHECKING:
+    from mecdeploy.api import ExportReport, check, export, train
+    from mecdeploy.config import read_config
+    from mecdeploy.prediction import Prediction, predict
+    from mecdeploy.training.config import (
+        DataConfig,
+        MecConfig,
+        ModelConfig,
+        QuantConfig,
+        ScheduleConfig,
+        TrainConfig,
+    )
+    from mecdeploy.training.prepare import prepare
+    from mecdeploy.training.units import InputSpec
+
+_HOMES = {
+    "mecdeploy.api": ("ExportReport", "check", "train"),
+    "mecdeploy.config": ("read_config",),
+    "mecdeploy.prediction": ("Prediction", "predict"),
+    "mecdeploy.training.config": (
+        "DataConfig",
+        "MecConfig",
+        "ModelConfig",
+        "QuantConfig",
+        "ScheduleConfig",
+        "TrainConfig",
+    ),
+    "mecdeploy.training.prepare": ("prepare",),
+    "mecdeploy.training.units": ("InputSpec",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DataConfig",
+    "ExportReport",
+    "InputSpec",
+    "MecConfig",
+    "ModelConfig",
+    "Prediction",
+    "QuantConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "__version__",
+    "check",
+    "export",
+    "predict",
+    "prepare",
+    "read_config",
+    "train",
+]
+
+
+class _ExportRoom(ModuleType):
+    """The export room, callable: `mecdeploy.export` is a folder of the package and a verb of its API at once."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from mecdeploy.api import export
+
+        return export(*arguments, **options)
+
+
+class _FrontDoor(ModuleType):
+    """This module: the import system sets a loaded room as an attribute here, and the export room so gets its call."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "export" and isinstance(value, ModuleType):
+            value.__class__ = _ExportRoom
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _FrontDoor
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":
+        return import_module("mecdeploy.export")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

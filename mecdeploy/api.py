@@ -1,0 +1,181 @@
+"""What a notebook calls: train, export, check. Each composes the rooms and returns a report; nothing here prints.
+
+A run is named by its folder. Rooms are imported inside the functions, so that naming one pays for no other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mecdeploy import __version__, run_folder
+from mecdeploy.errors import UserError
+from mecdeploy.training.config import TrainConfig
+from mecdeploy.training.events import EpochEvent, Event, StageEvent
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mecdeploy.runtime_checks import ParityReport
+    from mecdeploy.training.data import ImageSource
+    from mecdeploy.training.loop import TrainResult
+    from mecdeploy.training.run import LoadedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """The file that an export wrote.
+
+    size: bytes. weight_bits: unit -> bits its weights are packed at, in execution order.
+    activation_bits: value -> bits of its integers.
+    """
+
+    path: Path
+    size: int
+    target: str
+    input: str
+    weight_bits: dict[str, int]
+    activation_bits: dict[str, int]
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    report: Callable[[Event], None] | None = None,
+) -> TrainResult:
+    """Train a run into the folder `out`: run.toml, metrics.jsonl and checkpoints.
+
+    resume: continue the run in `out`; the config must be the one it was started with (the device may differ).
+    report: called with every event of the loop, in this process, between steps.
+    Raises UserError, TrainingError or OSError; nothing is left in `out` then, unless there is a checkpoint to keep.
+    Raises TrainingInterrupted after Ctrl-C, with a checkpoint saved.
+    """
+    path = Path(out)
+    opened = run_folder.reopen(path) if resume else run_folder.create(path, config)
+    with opened as folder:
+        from mecdeploy.training.data import load_dataset
+        from mecdeploy.training.device import choose_device
+        from mecdeploy.training.loop import train as run_stages
+
+        choose_device(config.device)  # before minutes of decoding images, not after
+        dataset = load_dataset(config.data, seed=config.seed)
+
+        def record(event: Event) -> None:
+            _record(folder.metrics, event)
+            if report is not None:
+                report(event)
+
+        return run_stages(config, dataset, path, resume=resume, report=record)
+
+
+def export(
+    run: str | Path,
+    *,
+    out: str | Path | None = None,
+    bits: int | None = None,
+    target: str = "onnxruntime",
+    input: str = "uint8",
+) -> ExportReport:
+    """Write a finished run as one ONNX file with packed weights; by default RUN/model.onnx, replacing an older one.
+
+    bits: width at which low-bit weights are packed; None packs each at the width it was trained at.
+    target: onnxruntime (1.24 or newer) or portable (onnxruntime from 1.18, OpenVINO). input: uint8 or float.
+    Raises UserError for a folder that is no run, TrainingError for a run that has not finished QAT, ExportError for
+    what cannot be exported, OSError for a place that cannot be written.
+    """
+    from mecdeploy.export import ExportConfig, export_model, lower
+
+    config = ExportConfig(bits=bits, target=target, input=input)
+    folder = run_folder.require_run(Path(run))
+    loaded = _load(folder)
+    metadata = {
+        "mecdeploy.class_names": json.dumps(list(loaded.class_names), ensure_ascii=False),
+        "mecdeploy.checkpoint_sha256": loaded.sha256,
+    }
+    content = export_model(lower(loaded.model), config, metadata)
+    path = Path(out) if out is not None else folder.path / run_folder.MODEL
+    run_folder.write_atomically(path, content)
+    return _describe(path, content, config.target, config.input)
+
+
+def check(
+    run: str | Path,
+    model: str | Path | None = None,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ParityReport:
+    """Compare an exported file, by default RUN/model.onnx, with the run it came from; write RUN/parity.json.
+
+    progress: called with (what, done, total). Raises UserError for a folder that is no run, TrainingError for one that
+    has not finished QAT, CheckError for a file that is not ours or cannot be read. A file that computes something else
+    is no error: the report's `passed` is False and its `failures` say why.
+    """
+    import torch
+
+    from mecdeploy.reference import TorchReference
+    from mecdeploy.runtime_checks import check_model
+    from mecdeploy.training.data import load_dataset
+
+    folder = run_folder.require_run(Path(run))
+    path = Path(model) if model is not None else folder.path / run_folder.MODEL
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file; write it with `mecdeploy export {folder.path}`.")
+    loaded = _load(folder)
+    config = folder.read_config()
+    validation = load_dataset(config.data, seed=config.seed).validation
+    images = _stack(validation)
+    report = check_model(
+        path,
+        images,
+        validation.labels.numpy(),
+        TorchReference(loaded.model),
+        progress=progress,
+        extra_versions={"mecdeploy": __version__, "torch": torch.__version__},
+    )
+    content = json.dumps(report.to_json(), indent=2) + "\n"
+    run_folder.write_atomically(folder.path / run_folder.PARITY, content.encode())
+    return report
+
+
+def _load(folder: run_folder.RunFolder) -> LoadedRun:
+    from mecdeploy.training.run import load_run
+
+    return load_run(folder.path)
+
+
+def _stack(source: ImageSource) -> NDArray[np.uint8]:
+    """All images of a source, uint8 [n, C, H, W]."""
+    import numpy as np
+
+    return np.concatenate([batch.images[0].numpy() for batch in source.batches(256)])
+
+
+def _record(metrics: run_folder.Metrics, event: Event) -> None:
+    """Keep metrics.jsonl in step with the run: one line per epoch, none twice after a resume."""
+    if isinstance(event, StageEvent):
+        here = event.stages.index(event.stage)
+        done = {stage: run_folder.ALL for stage in event.stages[:here]}
+        metrics.trim({**done, event.stage: event.epoch})
+    elif isinstance(event, EpochEvent):
+        metrics.append(asdict(event))
+
+
+def _describe(path: Path, content: bytes, target: str, input: str) -> ExportReport:
+    """Read the bits back from the file itself, not from what was asked for."""
+    import onnx
+
+    metadata = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+    return ExportReport(
+        path=path,
+        size=len(content),
+        target=target,
+        input=input,
+        weight_bits=json.loads(metadata["mecdeploy.weight_bits"]),
+        activation_bits=json.loads(metadata["mecdeploy.activation_bits"]),
+    )

@@ -1,0 +1,50 @@
+"""Which exceptions are the user's business, and the one line each becomes. Any other is a bug and keeps its trace.
+
+The rooms' error classes are looked up among the modules already loaded: what was never imported cannot have raised.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+from mecdeploy.errors import UserError
+
+_ROOM_ERRORS = {
+    "mecdeploy.training.errors": "TrainingError",
+    "mecdeploy.export.errors": "ExportError",
+    "mecdeploy.runtime_checks.errors": "CheckError",
+}
+_NEXT_STEP = {
+    errno.ENOSPC: "Free some space, or choose another --out.",
+    errno.EDQUOT: "Free some of your quota, or choose another --out.",
+    errno.EROFS: "Choose an --out on a file system that can be written.",
+    errno.EACCES: "Choose another --out, or get the permission.",
+    errno.EPERM: "Choose another --out, or get the permission.",
+    errno.ENOENT: "Create the folder first.",
+    errno.ENOTDIR: "Part of the path is a file; choose another path.",
+    errno.EISDIR: "The path is a folder; name a file in it.",
+}
+
+
+def explain(error: BaseException) -> str | None:
+    """The line for the user, or None for an error that only a programmer can cause."""
+    if isinstance(error, (UserError, *_room_errors())):
+        return _one_line(str(error))
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, whose module may not be loaded
+        return "the GPU has no memory left; lower schedule.batch_size, or use --device cpu."
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return _one_line(f"{where}{error.strerror}. {_NEXT_STEP.get(error.errno or 0, '')}")
+    if isinstance(error, OSError):
+        return _one_line(str(error))
+    return None
+
+
+def _room_errors() -> tuple[type[BaseException], ...]:
+    loaded = ((sys.modules.get(module), name) for module, name in _ROOM_ERRORS.items())
+    return tuple(getattr(module, name) for module, name in loaded if module is not None)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

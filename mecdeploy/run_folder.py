@@ -1,0 +1,163 @@
+"""The run folder: one writer at a time, no silent overwrite, every file whole or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mecdeploy.config import read_config, to_toml
+from mecdeploy.errors import UserError
+from mecdeploy.training.config import TrainConfig
+
+CONFIG = "run.toml"
+METRICS = "metrics.jsonl"
+MODEL = "model.onnx"
+PARITY = "parity.json"
+
+ALL = sys.maxsize
+"""As a number of epochs to keep: every one."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, flush it to the disk, rename: readers see the old file or the new one.
+
+    Raises OSError, naming `path`, where the folder is missing, read-only or full; nothing is left behind then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per finished epoch, appended as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line and flush it to the disk."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole record; a line that a crash cut short is skipped."""
+        records = []
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def trim(self, keep: Mapping[str, int]) -> None:
+        """On resume, drop the epochs that will be trained again: keep[stage] epochs stay, of other stages none."""
+        kept = [record for record in self.read() if record["epoch"] <= keep.get(record["stage"], 0)]
+        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+class RunFolder:
+    """A folder that one training run owns while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = Metrics(path / METRICS)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint files in it."""
+        return sorted(self.path.glob("checkpoint-*.safetensors"))
+
+    def read_config(self) -> TrainConfig:
+        """The config the run was started with."""
+        return read_config(self.path / CONFIG)
+
+
+def require_run(path: Path) -> RunFolder:
+    """The folder of an existing run. Raises UserError if there is none."""
+    if not (path / CONFIG).is_file():
+        what = "has no run.toml, so it is no run folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; give the folder that `mecdeploy train --out` wrote.")
+    return RunFolder(path)
+
+
+def require_absent(path: Path) -> None:
+    """Refuse a folder that holds anything, and a path that is a file."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            hint = "add --resume to continue it, or choose another --out" if (path / CONFIG).is_file() else ""
+            raise UserError(f"{path} is not empty; {hint or 'choose another --out'}.")
+    elif path.exists():
+        raise UserError(f"{path} is a file; choose another --out.")
+
+
+@contextmanager
+def create(path: Path, config: TrainConfig) -> Iterator[RunFolder]:
+    """A new run's folder, with run.toml. If the run fails before its first checkpoint, the folder is gone again."""
+    require_absent(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    folder = RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            require_absent(path)
+            write_atomically(path / CONFIG, to_toml(config).encode())
+            try:
+                yield folder
+            finally:
+                if not folder.checkpoints:
+                    (path / CONFIG).unlink(missing_ok=True)
+                    (path / METRICS).unlink(missing_ok=True)
+    finally:
+        for empty in made:
+            with suppress(OSError):  # not empty: the run left something worth keeping
+                empty.rmdir()
+
+
+@contextmanager
+def reopen(path: Path) -> Iterator[RunFolder]:
+    """An existing run's folder, to resume it. Raises UserError where there is none or another process writes to it."""
+    folder = require_run(path)
+    with _locked(path):
+        yield folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock the folder itself. The kernel drops the lock with the process, so a crash leaves no stale one."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is being written by another mecdeploy process; wait for it to end.") from None
+        except OSError:
+            pass  # a file system without locks: one writer is then the user's care
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,98 @@
+"""What the commands show when they are done: reports as tables for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mecdeploy.api import ExportReport
+    from mecdeploy.demo import DemoResult
+    from mecdeploy.runtime_checks import ParityReport
+    from mecdeploy.training.loop import TrainResult
+
+
+def training(result: TrainResult, method: str) -> Table:
+    """Accuracy of a run."""
+    table = _table("", "validation accuracy")
+    table.add_row("full precision", _percent(result.accuracy_fp32))
+    if method != "fp32":
+        table.add_row(f"quantised ({method})", _percent(result.accuracy))
+    return table
+
+
+def export(report: ExportReport) -> Table:
+    """What was written."""
+    table = _table(str(report.path), "")
+    table.add_row("size", _bytes(report.size))
+    table.add_row("target", report.target)
+    table.add_row("input", report.input)
+    table.add_row("layers by weight bits", _count(report.weight_bits))
+    table.add_row("tensors by activation bits", _count(report.activation_bits))
+    return table
+
+
+def parity(report: ParityReport) -> Table:
+    """What a check found."""
+    table = _table("PyTorch, onnxruntime, numpy interpreter", "")
+    table.add_row("integers compared", f"{report.integers_compared:,} ({report.exact_images} images)")
+    table.add_row("integers different", f"{report.integers_different:,}")
+    if report.first_different_unit is not None:
+        table.add_row("first unit that differs", report.first_different_unit)
+    table.add_row("... with the optimiser off", f"{report.optimizer_off.integers_different:,} (not promised)")
+    table.add_row("accuracy, PyTorch", f"{_percent(report.accuracy_torch)} ({report.images:,} images)")
+    table.add_row("accuracy, onnxruntime", _percent(report.accuracy_onnxruntime))
+    table.add_row("top-1 agreement", _percent(report.top1_agreement))
+    table.add_row("largest logit difference", f"{report.max_logit_difference:g}")
+    table.add_row("convolutions and Gemms in float", f"{report.float_convolutions}")
+    table.add_row("layers by weight bits", _count(report.packed_bits))
+    table.add_row("processor", report.cpu.model)
+    table.add_row("result", "passed" if report.passed else "FAILED", style="bold")
+    return table
+
+
+def demo(result: DemoResult) -> Table:
+    """The pipeline's figures side by side."""
+    report = result.parity
+    table = _table("handwritten digits", "fp32", "PyTorch QAT", "onnxruntime")
+    table.add_row(
+        "accuracy",
+        _percent(result.training.accuracy_fp32),
+        _percent(report.accuracy_torch),
+        _percent(report.accuracy_onnxruntime),
+    )
+    table.add_row("integers compared", "", "", f"{report.integers_compared:,}")
+    table.add_row("integers different", "", "", f"{report.integers_different:,}")
+    table.add_row("file", _bytes(result.fp32_size), "", _bytes(result.export.size))
+    table.add_row("file against fp32", "1.00x", "", f"{result.export.size / result.fp32_size:.2f}x")
+    for count, times in result.latency.items():
+        fast, full = times["quantized"], times["fp32"]
+        name = f"{count} image{'s' if count > 1 else ''}, 1 thread"
+        table.add_row(name, f"{full.median * 1e6:.0f} us", "", f"{fast.median * 1e6:.0f} us")
+        table.add_row("time against fp32", "1.00x", "", f"{fast.ratio_to(full):.2f}x")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right" if len(others) > 1 else "left", overflow="fold")
+    return table
+
+
+def _count(bits: Mapping[str, int]) -> str:
+    """2 bits: 17, 8 bits: 2."""
+    return ", ".join(f"{width} bits: {count}" for width, count in sorted(Counter(bits.values()).items()))
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} KB"
