@@ -50,6 +50,7 @@ def emit_add(builder: GraphBuilder, node: Add) -> None:
 
 def emit_max_pool(builder: GraphBuilder, node: MaxPool) -> None:
     """MaxPool on the uint8 codes: order is all it needs, and codes keep it."""
+    assert not node.ceil_mode  # the passes have written it out
     builder.node(
         "MaxPool",
         [node.input],
@@ -58,7 +59,6 @@ def emit_max_pool(builder: GraphBuilder, node: MaxPool) -> None:
         strides=node.stride,
         pads=node.padding,
         dilations=node.dilation,
-        ceil_mode=int(node.ceil_mode),
     )
 
 

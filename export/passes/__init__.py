@@ -12,6 +12,7 @@ from mecdeploy.export.passes.choose_packed_bits import choose_packed_bits
 from mecdeploy.export.passes.choose_storage import choose_storage
 from mecdeploy.export.passes.remove_dead_nodes import remove_dead_nodes
 from mecdeploy.export.passes.split_add_outputs import split_add_outputs
+from mecdeploy.export.passes.write_out_ceil_mode import write_out_ceil_mode
 from mecdeploy.export.validation import validate_graph
 
 __all__ = ["PASSES", "Pass", "run_passes"]
@@ -21,6 +22,7 @@ Pass: TypeAlias = Callable[[IntegerGraph, ExportConfig], IntegerGraph]
 PASSES: tuple[Pass, ...] = (
     remove_dead_nodes,
     split_add_outputs,
+    write_out_ceil_mode,
     choose_packed_bits,
     choose_storage,
 )

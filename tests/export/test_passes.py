@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from handmade_graphs import residual_graph
+from graph_maker import Maker
+from handmade_graphs import pixels_for, residual_graph
 from integer_witness import evaluate
+from onnx_sessions import expose_units, run
 
-from mecdeploy.export import ExportConfig, ExportError, compile_graph
-from mecdeploy.export.graph import Add, Conv, Gemm, IntegerGraph, Weight
+from mecdeploy.export import ExportConfig, ExportError, compile_graph, export_model
+from mecdeploy.export.graph import Add, Conv, Gemm, IntegerGraph, MaxPool, Weight
 from mecdeploy.export.passes import PASSES, run_passes
 from mecdeploy.export.passes.choose_packed_bits import choose_packed_bits
-from mecdeploy.export.passes.choose_storage import choose_storage
 from mecdeploy.export.passes.remove_dead_nodes import remove_dead_nodes
 from mecdeploy.export.passes.split_add_outputs import split_add_outputs
+from mecdeploy.export.passes.write_out_ceil_mode import write_out_ceil_mode
 
 CONFIG = ExportConfig()
 
@@ -26,7 +28,8 @@ def weights_of(graph: IntegerGraph) -> dict[str, Weight]:
 
 
 def test_the_recipe() -> None:
-    assert (remove_dead_nodes, split_add_outputs, choose_packed_bits, choose_storage) == PASSES
+    names = "remove_dead_nodes split_add_outputs write_out_ceil_mode choose_packed_bits choose_storage"
+    assert [rewrite.__name__ for rewrite in PASSES] == names.split()  # type: ignore[attr-defined]
 
 
 def test_passes_leave_their_argument_alone() -> None:
@@ -80,6 +83,32 @@ def test_split_add_outputs_makes_one_add_per_output_in_place() -> None:
         assert node.outputs == (node.name,)
         assert node.inputs == ("block1.conv2", "maxpool")
     assert [node.name for node in split.nodes if isinstance(node, Add)][2] == "block2.add"  # one output: kept as it is
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 3, 1), (3, 2, 1), (2, 2, 0), (3, 3, 1), (1, 2, 0)])
+@pytest.mark.parametrize("size", range(4, 9))
+def test_write_out_ceil_mode_makes_the_same_windows(size: int, kernel: int, stride: int, padding: int) -> None:
+    make = Maker("ceil", (1, size, size + 1), 0)
+    stem = make.conv("stem", "pixels", 2, 1, weight_bits=4, act_bits=8)
+    pooled = make.max_pool("pool", stem, kernel, stride, padding=padding, ceil=True)
+    make.gemm("classifier", make.flatten("flat", pooled), 3, weight_bits=4, act_bits=None)
+    graph = make.graph()
+    (pool,) = (node for node in write_out_ceil_mode(graph, CONFIG).nodes if isinstance(node, MaxPool))
+    assert not pool.ceil_mode
+    # PyTorch's rule: windows start inside the input or its near padding
+    for axis in (1, 2):
+        extent = (size, size + 1)[axis - 1]
+        reach = extent + 2 * padding - kernel
+        starts = [start for start in range(0, reach + stride, stride) if start < extent + padding]
+        assert graph.values["pool"].shape[axis] == len(starts)
+    pixels = pixels_for(graph, 3)
+    computed = run(expose_units(export_model(graph, CONFIG, {})), pixels)
+    np.testing.assert_array_equal(computed["pool"], evaluate(graph, pixels)["pool"])
+
+
+def test_write_out_ceil_mode_leaves_other_pools_alone() -> None:
+    graph = residual_graph()
+    assert write_out_ceil_mode(graph, CONFIG).nodes == graph.nodes
 
 
 @pytest.mark.parametrize(
