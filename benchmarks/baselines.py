@@ -1,0 +1,57 @@
+"""What ours is compared with: the fp32 network as ONNX, and onnxruntime's own static int8 of that file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import nn
+
+from mecdeploy.float_baseline import INPUT as IMAGE
+from mecdeploy.float_baseline import float_onnx
+
+
+def write_float(model: nn.Module, side: int, path: Path) -> None:
+    """The fp32 network, BatchNorm folded into the convolutions: float input [N, 3, side, side], float logits.
+
+    torch.onnx is not used: its old exporter is deprecated, and its new one writes global average pooling as ReduceMean,
+    which quantize_static leaves in float: the int8 baseline would be the slower for it.
+    """
+    path.write_bytes(float_onnx(model.eval(), channels=3, height=side, width=side))
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, images: NDArray[np.float32]) -> None:
+        self._feeds: Iterator[dict[str, NDArray[np.float32]]] = iter([{IMAGE: image[None]} for image in images])
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        return next(self._feeds, None)
+
+
+def write_static_int8(float_model: Path, images: NDArray[np.float32], path: Path) -> None:
+    """Quantise as onnxruntime's guide for x86 says: QDQ, uint8 activations, int8 weights per channel (U8S8), min-max.
+
+    images: normalised float32 [n, C, H, W], for calibration.
+    """
+    prepared = path.with_suffix(".prepared.onnx")
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # it recommends the pre-processing that was just done
+    try:
+        quant_pre_process(str(float_model), str(prepared))
+        quantize_static(
+            str(prepared),
+            str(path),
+            _Images(images),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    finally:
+        logging.getLogger().setLevel(level)
+        prepared.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""Seconds and peak extra memory of one export, in a fresh process: `python -m benchmarks.export_cost resnet18 4`.
+
+Measured from the network in memory to the bytes on the disk: reading the units, passes, emission, onnx's checker and
+shape inference, writing. Not measured: importing torch, making the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+MEGABYTE = 1e6
+_RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs: sets VmHWM back to the present resident size
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (the peak) of this process, in bytes; Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return float(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; export memory is measured on Linux only.")
+
+
+def measure(name: str, bits: int, seed: int) -> dict[str, float]:
+    """Export the named network once, cold."""
+    import torch
+
+    torch.set_num_threads(1)
+    from benchmarks.networks import BATCH, exported, float_network, input_spec, photographs, quantized_network
+
+    pixels = photographs(BATCH, seed)
+    spec = input_spec(pixels)
+    model = float_network(name, pixels, spec, seed)
+    weights = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
+    quantized = quantized_network(model, pixels, spec, bits)
+    del model
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept by malloc would hide what export takes from it
+    with TemporaryDirectory() as folder:
+        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+        before = resident("VmRSS")
+        start = time.perf_counter()
+        (Path(folder) / "model.onnx").write_bytes(exported(quantized))
+        seconds = time.perf_counter() - start
+        extra = resident("VmHWM") - before
+    return {
+        "seconds": round(seconds, 3),
+        "extra_megabytes": round(extra / MEGABYTE, 1),
+        "fp32_weights_megabytes": round(weights / MEGABYTE, 1),
+        "extra_over_fp32_weights": round(extra / weights, 3),
+    }
+
+
+def measure_apart(name: str, bits: int, seed: int) -> dict[str, float]:
+    """The same in a process of its own, so that nothing is warm and no other memory is counted."""
+    command = [sys.executable, "-m", "benchmarks.export_cost", name, str(bits), "--seed", str(seed)]
+    found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    cost: dict[str, float] = json.loads(found.stdout)
+    return cost
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network")
+    parser.add_argument("bits", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.network, arguments.bits, arguments.seed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The networks that latency is measured on: torchvision's, with random weights and statistics of real photographs.
+
+Time and size do not depend on what a network knows, so nothing is trained. Its BatchNorm statistics and the step sizes
+are nevertheless calibrated on photographs: a network whose activations are all zero or all saturated might be faster.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mecdeploy.export import ExportConfig, IntegerGraph, export_model, lower
+from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.config import ModelConfig, QuantConfig
+from mecdeploy.training.model import QuantizedModel
+from mecdeploy.training.models import build_model
+from mecdeploy.training.prepare import prepare
+from mecdeploy.training.units import InputSpec
+
+SIDE = 224  # pixels
+CLASSES = 1000
+BATCH = 8
+
+
+def photographs(count: int, seed: int) -> Tensor:
+    """uint8 [count, 3, SIDE, SIDE]: random crops and mirror images of scikit-learn's two sample photographs."""
+    from sklearn.datasets import load_sample_images
+
+    images: list[np.ndarray] = load_sample_images().images  # uint8 [427, 640, 3] each
+    generator = np.random.default_rng(seed)
+    crops = []
+    for index in range(count):
+        image = images[index % len(images)]
+        top, left = (int(generator.integers(0, length - SIDE + 1)) for length in image.shape[:2])
+        crop = image[top : top + SIDE, left : left + SIDE]
+        crops.append(crop[:, :: 1 if generator.random() < 0.5 else -1])
+    return torch.from_numpy(np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2)))
+
+
+def input_spec(pixels: Tensor) -> InputSpec:
+    """Normalisation by the statistics of these photographs."""
+    values = pixels.double()
+    return InputSpec.from_statistics(
+        channels=3, height=SIDE, width=SIDE, mean=float(values.mean()), std=float(values.std())
+    )
+
+
+@torch.no_grad()
+def float_network(name: str, pixels: Tensor, spec: InputSpec, seed: int) -> nn.Module:
+    """The network in evaluation mode, its BatchNorm statistics averaged over the photographs."""
+    torch.manual_seed(seed)
+    model = build_model(ModelConfig(name=name), num_classes=CLASSES, channels=3, height=SIDE, width=SIDE)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # a plain average over the batches
+    for batch in pixels.split(BATCH):
+        model(spec.normalize(batch))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def quantized_network(model: nn.Module, pixels: Tensor, spec: InputSpec, bits: int) -> QuantizedModel:
+    """The network with weights and activations of `bits` bits; first, last and residual stream 8, as by default."""
+    quantized = prepare(model, QuantConfig(weight_bits=bits, act_bits=bits), spec)
+    calibrate(quantized, pixels.split(BATCH))
+    return quantized.eval()
+
+
+def exported(model: QuantizedModel) -> bytes:
+    """The ONNX file that `mecdeploy export` writes with its default settings."""
+    graph: IntegerGraph = lower(model)
+    return export_model(graph, ExportConfig(), {})
