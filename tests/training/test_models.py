@@ -221,4 +221,4 @@ def test_resnet8_learns_the_digits() -> None:
     (validation,) = digits.validation.batches(360)
     with torch.no_grad():
         right = model.eval()(read(validation.images[0])).argmax(1) == validation.labels
-    assert right.float().mean() > 0.9  # 0.95 here; guessing gives 0.1
+    assert right.float().mean() > 0.9  # 0.97 with five seeds; guessing gives 0.1

@@ -65,12 +65,12 @@ def _from_torchvision(kind: str, config: DataConfig) -> ImageDataset:
         place, origin = f"{kind}/raw", source.mirrors[0]
     try:
         with warnings.catch_warnings():
-            # The CIFAR files were pickled by numpy 1.x, and numpy 2.4 has an opinion about their dtype's flags.
-            warnings.simplefilter("ignore")
+            # numpy 2.4.0 to 2.4.4 warn of a dtype's flags as CIFAR's old pickles spell them (numpy#31177).
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
             train, validation = (source(config.root, train=part, download=config.download) for part in (True, False))
     except Exception as error:  # whatever urllib, tarfile, pickle and torchvision raise
         lines = str(getattr(error, "reason", None) or error).splitlines()
-        why = lines[0] if lines else type(error).__name__
+        why = lines[0].split(". ")[0] if lines else type(error).__name__  # torchvision's advice has its own words
         wanted = "Allow network access once" if config.download else "Set data.download = true"
         raise TrainingError(
             f"{config.name}: no intact copy at '{config.root}/{place}' and none could be made ({why}). {wanted}, or "

@@ -1,4 +1,4 @@
-"""From an image file to uint8 pixels. No torch here: worker processes that decode need nothing of it."""
+"""From an image file to uint8 pixels, with Pillow and numpy alone."""
 
 from __future__ import annotations
 

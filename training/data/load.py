@@ -53,6 +53,6 @@ def _unknown(name: str) -> str:
     hint = ""
     if close := difflib.get_close_matches(name.lower(), (*_NAMED, FOLDER_PREFIX.rstrip(":")), n=1):
         hint = f" Did you mean {close[0] if close[0] in _NAMED else FOLDER_PREFIX + 'PATH'}?"
-    if Path(name).expanduser().is_dir():
+    if name and Path(name).expanduser().is_dir():
         hint = f" It is a folder: write {FOLDER_PREFIX}{name}."
     return f"data.name is {name!r}, which is no known data set.{hint} Choose one of {', '.join(available_datasets())}."

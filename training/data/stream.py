@@ -87,20 +87,15 @@ class StreamSource:
             generator=torch.Generator(),
         )
         decoded = iter(loader)
-        for chosen in requests:
-            try:
-                pixels = next(decoded)
-            except RuntimeError as error:
-                if not workers:
-                    raise
-                raise TrainingError(
-                    f"a process that decodes images ended ({str(error).splitlines()[0]}). It may have run out of "
-                    f"memory: data.workers is {workers}; set it lower, or to 0."
-                ) from error
-            if isinstance(pixels, UnreadableImage):
-                raise pixels
-            images = tuple(torch.from_numpy(view).to(device) for view in pixels)
-            yield Batch(images if len(images) == views else images * views, self.labels[chosen].to(device))
+        try:
+            for chosen in requests:
+                pixels = _next_batch(decoded, workers)
+                if isinstance(pixels, UnreadableImage):
+                    raise pixels
+                images = tuple(torch.from_numpy(view).to(device) for view in pixels)
+                yield Batch(images if len(images) == views else images * views, self.labels[chosen].to(device))
+        finally:
+            del decoded  # ends its workers; they would else outlive an exception that holds this frame
 
     def arrays(self, limit: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """See ImageSource.arrays; decodes them all at once."""
@@ -150,6 +145,20 @@ class _Recipe(Dataset[NDArray[np.uint8] | UnreadableImage]):
         return decode_augmented(
             path, channels=channels, height=height, width=width, views=self.views, flip=self.flip, draw=draw
         )
+
+
+def _next_batch(
+    decoded: Iterator[NDArray[np.uint8] | UnreadableImage], workers: int
+) -> NDArray[np.uint8] | UnreadableImage:
+    try:
+        return next(decoded)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):  # it did not die, it raised
+            raise
+        raise TrainingError(
+            f"a process that decodes images ended ({str(error).splitlines()[0]}). It may have run out of memory: "
+            f"data.workers is {workers}; set it lower, or to 0."
+        ) from error.with_traceback(None)  # which would keep the loader and its processes
 
 
 def _as_it_is(pixels: Any) -> Any:
