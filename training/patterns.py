@@ -194,6 +194,10 @@ def _relu(planner: _Planner, node: fx.Node, layer: Any) -> None:
 def _add(planner: _Planner, node: fx.Node, _: Any) -> None:
     if node.kwargs:
         raise TrainingError(f"{planner.where(node)}: add with {sorted(node.kwargs)} has no integer kernel; use a + b.")
+    target = node.args[0]
+    in_place = node.target in (operator.iadd, "add_") and isinstance(target, fx.Node)
+    if in_place and any(reader > node for reader in _readers(cast(fx.Node, target))):
+        raise TrainingError(f"{planner.where(node)}: adds in place to a value that is read again later; use a + b.")
     planner.anchor(node, "add", node.args[:2])
 
 
