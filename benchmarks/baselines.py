@@ -12,8 +12,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
-from mecdeploy.float_baseline import INPUT as IMAGE
-from mecdeploy.float_baseline import float_onnx
+from mecdeploy.float_baseline import INPUT, float_onnx
 
 
 def write_float(model: nn.Module, side: int, path: Path) -> None:
@@ -27,7 +26,7 @@ def write_float(model: nn.Module, side: int, path: Path) -> None:
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, images: NDArray[np.float32]) -> None:
-        self._feeds: Iterator[dict[str, NDArray[np.float32]]] = iter([{IMAGE: image[None]} for image in images])
+        self._feeds: Iterator[dict[str, NDArray[np.float32]]] = iter([{INPUT: image[None]} for image in images])
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         return next(self._feeds, None)

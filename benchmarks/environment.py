@@ -35,6 +35,13 @@ def describe_environment(*, seed: int, threads: int, device: str = "cpu") -> dic
     }
 
 
+def scheduling() -> str:
+    """How the system shares its cores with this process: "real-time" runs before all others, "normal" takes turns."""
+    if not hasattr(os, "sched_getscheduler"):
+        return "unknown"
+    return "real-time" if os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO) else "normal"
+
+
 def load_average() -> float | None:
     """Processes wanting a core, mean of the last minute; None where the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

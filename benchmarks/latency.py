@@ -2,8 +2,9 @@
 
     python -m benchmarks.latency
 
-All models of a network take turns in one process, so that drift and neighbours meet all of them alike. The weights are
-random and the quantisers calibrated (benchmarks/networks.py): that changes no kernel, and so no time and no size.
+All models of a network take turns in one process, so that drift and neighbours meet all of them alike. On a machine
+that has other work to do, `chrt -r 1 python -m benchmarks.latency` (as root, Linux) keeps one core for it. The weights
+are random and the quantisers calibrated (benchmarks/networks.py): that changes no kernel, and so no time and no size.
 fp32 and static int8 take normalised floats, as such files do; ours takes raw uint8 pixels and normalises inside.
 """
 
@@ -32,7 +33,8 @@ def ours(bits: int) -> str:
 def write_models(name: str, seed: int, folder: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     """Every file of one network, and the input that each one takes: name -> path, name -> feed."""
     from benchmarks import networks
-    from benchmarks.baselines import IMAGE, write_float, write_static_int8
+    from benchmarks.baselines import write_float, write_static_int8
+    from mecdeploy.float_baseline import INPUT
 
     pixels = networks.photographs(CALIBRATION_IMAGES, seed)
     spec = networks.input_spec(pixels)
@@ -44,7 +46,7 @@ def write_models(name: str, seed: int, folder: Path) -> tuple[dict[str, Path], d
     for bits in BITS:
         quantized = networks.quantized_network(model, pixels, spec, bits)
         files[ours(bits)].write_bytes(networks.exported(quantized))
-    floats, integers = {IMAGE: images[:1]}, {"pixels": pixels[:1].numpy()}
+    floats, integers = {INPUT: images[:1]}, {"pixels": pixels[:1].numpy()}
     return files, {key: floats if key in (FLOAT, STATIC) else integers for key in files}
 
 
@@ -88,9 +90,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from benchmarks.environment import describe_environment, load_average
+    from benchmarks.environment import describe_environment, load_average, scheduling
 
-    environment = describe_environment(seed=arguments.seed, threads=1) | {"load_average_before": load_average()}
+    environment = describe_environment(seed=arguments.seed, threads=1)
+    environment |= {"scheduling": scheduling(), "load_average_before": load_average()}
     networks = {}
     with TemporaryDirectory() as folder:
         for name in NETWORKS:

@@ -6,6 +6,8 @@ are nevertheless calibrated on photographs: a network whose activations are all 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,11 @@ def input_spec(pixels: Tensor) -> InputSpec:
     )
 
 
+def batches(pixels: Tensor) -> Iterator[Tensor]:
+    """The photographs, BATCH at a time."""
+    return (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
+
+
 @torch.no_grad()
 def float_network(name: str, pixels: Tensor, spec: InputSpec, seed: int) -> nn.Module:
     """The network in evaluation mode, its BatchNorm statistics averaged over the photographs."""
@@ -55,7 +62,7 @@ def float_network(name: str, pixels: Tensor, spec: InputSpec, seed: int) -> nn.M
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # a plain average over the batches
-    for batch in pixels.split(BATCH):
+    for batch in batches(pixels):
         model(spec.normalize(batch))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -65,7 +72,7 @@ def float_network(name: str, pixels: Tensor, spec: InputSpec, seed: int) -> nn.M
 def quantized_network(model: nn.Module, pixels: Tensor, spec: InputSpec, bits: int) -> QuantizedModel:
     """The network with weights and activations of `bits` bits; first, last and residual stream 8, as by default."""
     quantized = prepare(model, QuantConfig(weight_bits=bits, act_bits=bits), spec)
-    calibrate(quantized, pixels.split(BATCH))
+    calibrate(quantized, batches(pixels))
     return quantized.eval()
 
 

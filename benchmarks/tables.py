@@ -1,0 +1,205 @@
+"""The tables of docs/benchmarks.md and README.md, written from the result files between their markers.
+
+    python -m benchmarks.tables            write them
+    python -m benchmarks.tables --check    exit 1 if a document says something else than the results
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. Only the standard library is used here, so that a
+test can hold the documents to the results anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = ("docs/benchmarks.md", "README.md")
+MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- table:")
+
+NETWORKS = {"resnet18": "ResNet-18", "mobilenet_v2": "MobileNetV2", "resnet8": "ResNet-8", "resnet20": "ResNet-20"}
+MODELS = {"fp32": "fp32", "static_int8": "onnxruntime static int8"}
+METHODS = {"lsq": "LSQ", "mec": "MEC"}
+# What was asked for before anything was measured: (name, unit, limit).
+LARGEST_FILE = {"w4a4": 6.3, "w2a2": 3.5}
+LONGEST_EXPORT, LARGEST_EXPORT = 3.0, 3.0
+SLOWEST_TO_STATIC, SLOWEST_TO_FLOAT = 1.05, 0.33
+
+Result = dict[str, Any]
+
+
+def load(name: str) -> Result:
+    """One result file."""
+    result: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def latency(result: Result) -> str:
+    """Every model of every network."""
+    head = ("network", "model", "file, MB", "load, ms", "median, ms", "quartiles, ms", "of fp32", "of static int8")
+    rows = []
+    for network, models in result["networks"].items():
+        for model, row in models.items():
+            time = row["milliseconds"]
+            rows.append(
+                (
+                    NETWORKS[network],
+                    label(model),
+                    f"{row['file_bytes'] / 1e6:.2f}",
+                    f"{row['load_milliseconds']['median']:.0f}",
+                    f"{time['median']:.2f}",
+                    f"{time['q1']:.2f} to {time['q3']:.2f}",
+                    f"{row['ratio_to_fp32']['median']:.2f}",
+                    f"{row['ratio_to_static_int8']['median']:.2f}",
+                )
+            )
+    return table(head, rows, left=2) + measured_on(result)
+
+
+def export(result: Result) -> str:
+    """What one export costs."""
+    head = ("network", "model", "seconds", "extra memory, MB", "of the fp32 weights")
+    rows = [
+        (
+            NETWORKS[network],
+            label(model),
+            f"{cost['seconds']:.2f}",
+            f"{cost['extra_megabytes']:.0f}",
+            f"{cost['extra_over_fp32_weights']:.1f}",
+        )
+        for network, models in result["export"].items()
+        for model, cost in models.items()
+    ]
+    return table(head, rows, left=2)
+
+
+def targets(result: Result) -> str:
+    """Each target of ResNet-18 beside what was measured."""
+    models, costs = result["networks"]["resnet18"], result["export"]["resnet18"]
+    low = {model: row for model, row in models.items() if model not in MODELS}
+
+    def slowest(base: str) -> float:
+        return max(float(row[f"ratio_to_{base}"]["median"]) for row in low.values())
+
+    rows = [
+        *(
+            verdict(f"file, {label(model)}, MB", models[model]["file_bytes"] / 1e6, limit, 2)
+            for model, limit in LARGEST_FILE.items()
+        ),
+        verdict("latency over static int8, slowest of ours", slowest("static_int8"), SLOWEST_TO_STATIC, 3),
+        verdict("latency over fp32, slowest of ours", slowest("fp32"), SLOWEST_TO_FLOAT, 3),
+        verdict("export, seconds, slowest of ours", max(cost["seconds"] for cost in costs.values()), LONGEST_EXPORT, 2),
+        verdict(
+            "export, extra memory over fp32 weights, largest of ours",
+            max(cost["extra_over_fp32_weights"] for cost in costs.values()),
+            LARGEST_EXPORT,
+            2,
+        ),
+        verdict("float convolutions left, all of ours", sum(row["float_convolutions"] for row in low.values()), 0, 0),
+    ]
+    return table(("ResNet-18 at 224x224", "target, at most", "measured", ""), rows, left=1)
+
+
+def cifar10(result: Result) -> str:
+    """Accuracy of each run, and what the check of its file found."""
+    head = ("run", "PyTorch, %", "onnxruntime, %", "integers compared", "different", "file, KB")
+    rows = []
+    for name, run in result["runs"].items():
+        checked = "integers_compared" in run
+        rows.append(
+            (
+                "fp32" if name == "fp32" else f"{METHODS[run['method']]} {label(name.partition('-')[2])}",
+                f"{100 * run['accuracy_torch']:.2f}",
+                f"{100 * run['accuracy_onnxruntime']:.2f}" if checked else "",
+                f"{run['integers_compared']:,}" if checked else "",
+                f"{run['integers_different']:,}" if checked else "",
+                f"{run['file_bytes'] / 1e3:.0f}",
+            )
+        )
+    trained = (
+        f"\n{NETWORKS[result['model']]}, {result['data']}, seed {result['environment']['seed']}: {result['fp_epochs']} "
+        f"epochs in full precision, then {result['epochs']} of each method from that one checkpoint."
+    )
+    note = f" {result['note']}" if result["note"] else ""
+    return table(head, rows, left=1) + trained + note + "\n" + measured_on(result)
+
+
+def label(model: str) -> str:
+    """A model's name as people write it."""
+    return MODELS.get(model, model.upper())
+
+
+def verdict(name: str, measured: float, limit: float, digits: int) -> tuple[str, str, str, str]:
+    """A row that says whether a target is met, by the number as it was measured and not as it is printed."""
+    return name, f"{limit:g}", f"{measured:.{digits}f}", "met" if measured <= limit else "**missed**"
+
+
+def measured_on(result: Result) -> str:
+    """One line on the machine and the versions."""
+    found = result["environment"]
+    features = f" ({', '.join(found['cpu_features'])})" if found["cpu_features"] else ""
+    device = "" if found["device"] == "cpu" else f", {found['device']}"
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    if found.get("scheduling") == "real-time":
+        threads += " at real-time priority"
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("onnxruntime", "torch"))
+    return f"\n{found['date']}, {found['cpu']}{features}, {threads} of {found['cores']} cores{device}, {versions}.\n"
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, left: int) -> str:
+    """Markdown; the first `left` columns are words, the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
+
+
+# Table -> (its result file, how it is written).
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "latency": ("latency", latency),
+    "export": ("latency", export),
+    "targets": ("latency", targets),
+    "cifar10": ("cifar10", cifar10),
+}
+
+
+def fill(text: str, write: Callable[[str], str]) -> str:
+    """The document with write(NAME) between the markers of each table. Raises ValueError for a marker left open."""
+    found = [match.group("name") for match in MARKED.finditer(text)]
+    if len(found) != len(OPENING.findall(text)):
+        raise ValueError("a `<!-- table:NAME -->` has no `<!-- /table -->` after it, or no NAME.")
+    return MARKED.sub(lambda match: f"{match.group(1)}{write(match.group('name'))}{match.group(4)}", text)
+
+
+def write_table(name: str) -> str:
+    """The table of this name, from its result file. Raises ValueError for a name that no table has."""
+    if name not in TABLES:
+        raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}.")
+    source, write = TABLES[name]
+    return write(load(source))
+
+
+def main() -> None:
+    """Write the documents, or say which are stale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is stale")
+    check = parser.parse_args().check
+    stale = []
+    for document in DOCUMENTS:
+        path = ROOT / document
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text, write_table)
+        if filled != text:
+            stale.append(document)
+            if not check:
+                path.write_text(filled, encoding="utf-8")
+    if check and stale:
+        sys.exit(f"{', '.join(stale)}: tables differ from benchmarks/results; run python -m benchmarks.tables.")
+
+
+if __name__ == "__main__":
+    main()
