@@ -1,0 +1,141 @@
+"""At which widths networks are stored and read, against tables written from the policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from mecdeploy.training.config import QuantConfig
+from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.patterns import Plans, plan_units
+from mecdeploy.training.widths import Widths, assign_widths
+
+
+class Residual(nn.Module):
+    """conv1 -> ReLU -> [conv2 -> ReLU -> conv3] + shortcut -> ReLU -> conv4 -> ReLU -> + shortcut -> average -> fc."""
+
+    def __init__(self, *, pooled_sum: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        for name in ("conv2", "conv3", "conv4"):
+            self.add_module(name, nn.Conv2d(4, 4, 3, padding=1))
+        self.maxpool = nn.MaxPool2d(2)
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(4, 5)
+        self.pooled_sum = pooled_sum
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.conv3(F.relu(self.conv2(x))) + x)
+        x = self.dropout(self.maxpool(x)) if self.pooled_sum else x
+        x = F.relu(self.conv4(x)) + x
+        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
+
+
+def widths(config: QuantConfig, model: nn.Module | None = None) -> Widths:
+    return assign_widths(plans(model or Residual()), config)
+
+
+def plans(model: nn.Module) -> Plans:
+    return plan_units(fx.symbolic_trace(model))
+
+
+def test_the_policy() -> None:
+    """Widths that all differ show which rule set which."""
+    found = widths(QuantConfig(weight_bits=2, act_bits=3, skip_bits=4, first_last_bits=8))
+    assert found.weights == {"conv1": 8, "conv2": 2, "conv3": 2, "conv4": 2, "fc": 8}
+    assert found.outputs == {
+        "conv1": {"act": 4, "skip": 4},  # read by conv2 (3) and the sum (4), quantised once: the wider
+        "conv2": {"act": 3},
+        "conv3": {"skip": 4},
+        "add": {"act": 3, "skip": 4},  # the only kind that is quantised twice
+        "conv4": {"skip": 4},
+        "add_2": {"skip": 4},  # read by the global average
+        "average_pool": {"act": 8},  # read by the last layer, through the flatten
+    }
+
+
+def test_equal_widths_are_one_reading() -> None:
+    found = widths(QuantConfig(weight_bits=4, act_bits=8, skip_bits=8))
+    assert found.outputs["add"] == {"act": 8, "skip": 8}
+
+
+def test_a_skip_narrower_than_the_activations() -> None:
+    found = widths(QuantConfig(act_bits=8, skip_bits=4))
+    assert found.outputs["conv1"] == {"act": 8, "skip": 8}
+    assert found.outputs["add"] == {"act": 8, "skip": 4}
+
+
+def test_a_sum_read_only_through_a_pooling_is_quantised_once() -> None:
+    """The pooling hands both its readers the same codes; a second quantisation would have no reader."""
+    found = widths(QuantConfig(act_bits=2, skip_bits=4), Residual(pooled_sum=True))
+    assert found.outputs["add"] == {"skip": 4}
+
+
+OVERRIDES: list[tuple[Mapping[str, Mapping[str, int]], str, int, int | None]] = [
+    # overrides, unit, its weight bits, bits at which layers read it
+    ({"conv2": {"weight_bits": 8}}, "conv2", 8, 4),
+    ({"conv2": {"act_bits": 2}}, "conv2", 4, 2),
+    ({"conv?": {"weight_bits": 3, "act_bits": 3}}, "conv2", 3, 3),
+    ({"conv*": {"weight_bits": 3}, "conv2": {"weight_bits": 2}}, "conv2", 2, 4),
+    ({"conv2": {"weight_bits": 2}, "*": {"weight_bits": 3}}, "conv2", 3, 4),  # the last match wins
+    ({"conv1": {"weight_bits": 4}}, "conv1", 4, 8),  # the first layer too
+    ({"fc": {"weight_bits": 4}}, "fc", 4, None),
+]
+
+
+@pytest.mark.parametrize(("overrides", "unit", "weight_bits", "act_bits"), OVERRIDES)
+def test_overrides(
+    overrides: Mapping[str, Mapping[str, int]], unit: str, weight_bits: int, act_bits: int | None
+) -> None:
+    found = widths(QuantConfig(overrides=overrides))
+    assert found.weights[unit] == weight_bits
+    assert found.outputs.get(unit, {}).get("act") == act_bits
+
+
+def test_an_override_of_activations_leaves_the_skip_stream() -> None:
+    found = widths(QuantConfig(overrides={"add": {"act_bits": 2}, "conv3": {"act_bits": 2}}))
+    assert found.outputs["add"] == {"act": 2, "skip": 8}
+    assert found.outputs["conv3"] == {"skip": 8}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("conv22", "quant.overrides: 'conv22' matches no unit. Did you mean 'conv2'?"),
+        ("layer*.zzz", "quant.overrides: 'layer*.zzz' matches no unit. Units are: conv1, conv2, conv3, add, conv4, "),
+    ],
+)
+def test_an_override_that_matches_nothing(pattern: str, message: str) -> None:
+    with pytest.raises(TrainingError, match=re.escape(message)):
+        widths(QuantConfig(overrides={pattern: {"weight_bits": 4}}))
+
+
+def test_a_layer_nobody_reads() -> None:
+    class Unread(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            self.conv1(x)
+            logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+            return logits
+
+    with pytest.raises(TrainingError, match="conv1: its output is never read; remove the layer."):
+        widths(QuantConfig(), Unread())
+
+
+def test_a_single_layer_is_first_and_last() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(48, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.fc(torch.flatten(x, 1))
+            return logits
+
+    assert widths(QuantConfig(first_last_bits=8, weight_bits=2), Single()) == Widths(weights={"fc": 8}, outputs={})
