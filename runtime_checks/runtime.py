@@ -16,7 +16,7 @@ from mecdeploy.runtime_checks.errors import CheckError
 from mecdeploy.runtime_checks.model_file import LOGITS, ModelFile
 
 _PROVIDERS = ["CPUExecutionProvider"]
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4  # what goes wrong is raised; only the command line prints
 
 
 class Runtime:
@@ -72,7 +72,7 @@ def open_session(
     machine takes half the time. save_optimized: where to write the optimised graph, if anywhere.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

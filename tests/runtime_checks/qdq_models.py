@@ -34,6 +34,7 @@ class Builder:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
     units: list[str] = field(default_factory=list)
+    activation_bits: dict[str, int] = field(default_factory=dict)
     weight_bits: dict[str, int] = field(default_factory=dict)
     has_int2: bool = False
 
@@ -67,7 +68,11 @@ class Builder:
         if y.qmax != 255:
             self.constant(f"{y.name}/qmax", y.qmax, np.uint8)
             self.node("Clip", [name, "", f"{y.name}/qmax"], y.name)
+        return self._unit(y)
+
+    def _unit(self, y: Tensor) -> Tensor:
         self.units.append(y.name)
+        self.activation_bits[y.name] = y.qmax.bit_length()
         return y
 
     def _parameters(self, x: Tensor) -> list[str]:
@@ -142,8 +147,7 @@ class Builder:
         if through_real:
             return self.quantize(self.node(op, [self.dequantize(x, name), *shapes], f"{name}/float", **attributes), y)
         self.node(op, [x.name, *shapes], name, **attributes)
-        self.units.append(name)
-        return y
+        return self._unit(y)
 
     def _product_inputs(
         self, name: str, x: Tensor, shape: tuple[int, ...], storage: str, per_channel: bool, bias: bool, axis: int
@@ -234,7 +238,7 @@ class Builder:
         described = {
             "weight_bits": self.weight_bits,
             "trained_bits": self.weight_bits,
-            "activation_bits": dict.fromkeys(self.units, 8),
+            "activation_bits": self.activation_bits,
             "units": self.units,
             "input": {
                 "dtype": "float32" if float_input else "uint8",

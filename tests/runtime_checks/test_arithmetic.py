@@ -107,6 +107,26 @@ def test_addition_table_is_qlinear_add_over_all_pairs(seed):
     assert np.array_equal(ran.reshape(256, 256), arithmetic.addition_table(*a, *b, *y))
 
 
+def test_addition_fuses_its_constant_and_takes_b_first():
+    """Scales where a plain float32 constant gives 7,054 other codes of 65,536; a before b gives others too."""
+    (sa, za), (sb, zb), (sy, zy) = [(np.float32(s), z) for s, z in ((0.03125, 153), (0.078125, 128), (0.09375, 156))]
+    first, second = (part.astype(np.uint8).reshape(-1, 256) for part in np.divmod(np.arange(65536), 256))
+    (ran,) = one_operator("Add", [(sa, za), (sb, zb)], (sy, zy), [256]).run(None, {"a": first, "b": second})
+    assert np.array_equal(ran, arithmetic.addition_table(sa, za, sb, zb, sy, zy))
+    a, b = np.arange(256, dtype=np.float32)[:, None], np.arange(256, dtype=np.float32)[None]
+    ra, rb = sa / sy, sb / sy
+    fma = arithmetic.fused_multiply_add
+    plain = np.float32(zy) - (ra * np.float32(za) + rb * np.float32(zb))
+    fused = np.float32(zy) - fma(ra, np.float32(za), rb * np.float32(zb))
+    assert differing(fma(a, ra, fma(b, rb, fused)), ran) == 0
+    assert differing(fma(a, ra, fma(b, rb, plain)), ran) == 7054
+    assert differing(fma(b, rb, fma(a, ra, fused)), ran) > 0
+
+
+def differing(real, codes):
+    return np.count_nonzero(np.clip(np.rint(real), 0, 255) != codes)
+
+
 @pytest.mark.parametrize("length", [1, 3, 7, 31, 33, 255])
 def test_addition_has_no_other_arithmetic_in_its_tails(length):
     rng = np.random.default_rng(length)

@@ -2,14 +2,15 @@
 
 import json
 import re
+from dataclasses import replace as changed
 
 import numpy as np
 import pytest
-from qdq_models import images, residual_network
+from qdq_models import images, replace, residual_network
 from references import Altered, Undamaged
 
 from mecdeploy.runtime_checks import CheckError, check_model, inspect_structure, read_model
-from mecdeploy.runtime_checks.exactness import Tally, differences, explain
+from mecdeploy.runtime_checks.exactness import Tally, compare_exactly, differences, explain
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,15 @@ def test_a_network_with_other_classes(model):
         check_model(model.SerializeToString(), images(1, 4), np.zeros(4, np.int64), Other(model))
 
 
+def test_a_model_that_onnxruntime_loads_but_cannot_run(model, capfd):
+    """Its average pool takes no scale ratio of 256 or more. Nothing is printed: the error is the message."""
+    damaged = residual_network()
+    replace(damaged, "mean/scale", np.array(1e-9))
+    with pytest.raises(CheckError, match="onnxruntime could not run it .*out of computation range.*Export it again"):
+        check(damaged, Undamaged(model))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("options", [{"exact_images": 0}, {"batch_size": 0}])
 def test_options_out_of_range(model, options):
     with pytest.raises(CheckError, match="both must be at least 1"):
@@ -219,10 +229,6 @@ def test_differences_do_not_wrap():
     ],
 )
 def test_sentences_follow_the_pairs(model, pairs, sentence):
-    from dataclasses import replace as changed
-
-    from mecdeploy.runtime_checks.exactness import compare_exactly
-
     file = read_model(model.SerializeToString())
     exact = compare_exactly(file, images(0, 2), Undamaged(model))
     assert explain(exact) == []
