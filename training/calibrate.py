@@ -25,7 +25,7 @@ def search_steps(values: Tensor, lower: int, upper: int) -> Tensor:
     reach = torch.where(reach > SMALLEST_STEP, reach, torch.full_like(reach, 1.0 / upper))
     best_error = torch.full_like(reach, float("inf"))
     best_step = reach.clone()
-    for index in range(1, CANDIDATES + 1):
+    for index in range(CANDIDATES, 0, -1):  # downwards: of equal errors, the step that clips least
         step = reach * (index / CANDIDATES)
         codes = torch.round(values / step[:, None]).clamp_(lower, upper)
         error = (codes * step[:, None] - values).square_().mean(1)
