@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix.lower() not in _PICKLE_SUFFIXES:
         raise TrainingError(f"init is {path}; a state dict ends in .safetensors, {', '.join(_PICKLE_SUFFIXES)}.")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of here either loads, or is refused below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise TrainingError(
             f"init {path} holds more than tensors, or is no PyTorch file; save model.state_dict() and use that file."

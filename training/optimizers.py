@@ -64,7 +64,7 @@ def momentum_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict
 
 
 def restore_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `momentum_tensors`, each buffer laid out in memory like its parameter, as SGD itself would have it."""
+    """Undo `momentum_tensors`, each buffer laid out in memory like its parameter."""
     for name, parameter in model.named_parameters():
         if name in tensors:
             buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[name])

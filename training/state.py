@@ -93,6 +93,7 @@ class State:
     def quantize(self) -> None:
         """Replace the task by that of a freshly calibrated quantised network, at the start of stage qat."""
         model = self._prepared()
+        torch.manual_seed(derive_seed(self.config.seed, "calibrate"))  # dropout draws here, too
         calibrate(model, self._calibration_batches())
         self._begin_quantized(model)
         self.position = Position.of("qat", 0, 0)

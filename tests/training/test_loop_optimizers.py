@@ -1,0 +1,109 @@
+"""The optimiser's groups, the learning rate, and momentum that survives a checkpoint."""
+
+import math
+
+import pytest
+import torch
+from tiny_run import build_tiny
+from torch import nn
+
+from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.config import QuantConfig, ScheduleConfig
+from mecdeploy.training.optimizers import (
+    build_optimizer,
+    learning_rate,
+    momentum_tensors,
+    restore_momentum,
+    set_learning_rate,
+)
+from mecdeploy.training.prepare import prepare
+from mecdeploy.training.units import InputSpec
+
+SCHEDULE = ScheduleConfig(momentum=0.5, weight_decay=0.25)
+
+
+def tiny():
+    torch.manual_seed(0)
+    return build_tiny(None, num_classes=3, channels=1, height=8, width=8)
+
+
+def decay_of(optimizer):
+    return {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_only_weights_decay():
+    model = tiny()
+    decay = decay_of(build_optimizer(model, SCHEDULE))
+    found = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
+    weights = {"conv1.weight", "conv2.weight", "fc.weight"}
+    assert found == {name: 0.25 if name in weights else 0.0 for name in found}
+
+
+def test_step_sizes_are_a_group_of_their_own_without_decay():
+    spec = InputSpec(channels=1, height=8, width=8, pixel_scale=0.01, pixel_zero_point=128)
+    model = prepare(tiny(), QuantConfig(), spec)
+    calibrate(model, [torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)])
+    optimizer = build_optimizer(model, SCHEDULE, model.step_sizes())
+    steps = {id(step) for step in model.step_sizes()}
+    (group,) = (g for g in optimizer.param_groups if id(g["params"][0]) in steps)
+    assert {id(p) for p in group["params"]} == steps and group["weight_decay"] == 0.0
+    everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+
+def test_one_update_by_hand():
+    """v = momentum * v + g + decay * w; w -= rate * v, as torch.optim.SGD documents, in exact binary fractions."""
+    layer = nn.Linear(1, 1)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.fill_(1.0)
+    optimizer = build_optimizer(layer, SCHEDULE)
+    set_learning_rate(optimizer, 0.5)
+    weight, bias, velocity_w, velocity_b = 1.0, 1.0, 0.0, 0.0
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+        velocity_w = 0.5 * velocity_w + 1.0 + 0.25 * weight
+        velocity_b = 0.5 * velocity_b + 1.0
+        weight, bias = weight - 0.5 * velocity_w, bias - 0.5 * velocity_b
+        assert (layer.weight.item(), layer.bias.item()) == (weight, bias)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 40, 1000])
+def test_learning_rate_against_its_definition(steps):
+    warmup = round(steps / 20)
+    rates = [learning_rate(0.8, step, steps) for step in range(steps)]
+    for step, rate in enumerate(rates):
+        if step < warmup:
+            assert rate == pytest.approx(0.8 * (step + 1) / (warmup + 1), rel=1e-15)
+        else:
+            angle = math.pi / 2 * (step - warmup) / (steps - warmup)
+            # The half cosine in another form, float64 rounding apart.
+            assert rate == pytest.approx(0.8 * math.cos(angle) ** 2, rel=1e-9)
+    assert max(rates) == 0.8 and min(rates) > 0
+
+
+def test_momentum_goes_out_and_comes_back_by_name():
+    model, inputs = tiny(), torch.randn(4, 1, 8, 8)
+
+    def step(network, optimizer):
+        torch.manual_seed(1)
+        optimizer.zero_grad()
+        network(inputs).square().sum().backward()
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+
+    optimizer = build_optimizer(model, SCHEDULE)
+    assert momentum_tensors(optimizer, model) == {}
+    step(model, optimizer)
+    saved = {name: tensor.clone() for name, tensor in momentum_tensors(optimizer, model).items()}
+    assert saved.keys() == dict(model.named_parameters()).keys()
+    twin = tiny()
+    twin.load_state_dict(model.state_dict())
+    other = build_optimizer(twin, SCHEDULE)
+    restore_momentum(other, twin, saved)
+    step(model, optimizer)
+    step(twin, other)
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
