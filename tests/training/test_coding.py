@@ -125,6 +125,14 @@ def test_centre_of_a_narrow_spectrum_is_its_mean() -> None:
     assert series_centre(with_spectrum(eigenvalues)).item() == pytest.approx(10.0, rel=1e-12)
 
 
+def test_the_centre_takes_no_gradient() -> None:
+    """Its derivative is the truncation error's, which may point anywhere."""
+    centre = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    gram = with_spectrum(spectra()["flat"]).requires_grad_()
+    series_logdet(gram, centre, order=4).backward()
+    assert centre.grad is None and gram.grad is not None
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("name", spectra())
 def test_ascent_never_shrinks_an_eigenvalue(name: str, order: int) -> None:
