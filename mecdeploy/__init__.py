@@ -78,10 +78,18 @@ __all__ = [
 class _ExportRoom(ModuleType):
     """The export room, callable: `mecdeploy.export` is a folder of the package and a verb of its API at once."""
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
+    def __call__(
+        self,
+        run: str | Path,
+        *,
+        out: str | Path | None = None,
+        bits: int | None = None,
+        target: str = "onnxruntime",
+        input: str = "uint8",
+    ) -> ExportReport:
         from mecdeploy.api import export
 
-        return export(*arguments, **options)
+        return export(run, out=out, bits=bits, target=target, input=input)
 
 
 class _FrontDoor(ModuleType):

@@ -5,9 +5,10 @@ A run is named by its folder. Rooms are imported inside the functions, so that n
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,10 +90,10 @@ def export(
     Raises UserError for a folder that is no run, TrainingError for a run that has not finished QAT, ExportError for
     what cannot be exported, OSError for a place that cannot be written.
     """
+    folder = run_folder.require_run(Path(run))
     from mecdeploy.export import ExportConfig, export_model, lower
 
     config = ExportConfig(bits=bits, target=target, input=input)
-    folder = run_folder.require_run(Path(run))
     loaded = _load(folder)
     metadata = {
         "mecdeploy.class_names": json.dumps(list(loaded.class_names), ensure_ascii=False),
@@ -116,16 +117,16 @@ def check(
     has not finished QAT, CheckError for a file that is not ours or cannot be read. A file that computes something else
     is no error: the report's `passed` is False and its `failures` say why.
     """
+    folder = run_folder.require_run(Path(run))
+    path = Path(model) if model is not None else folder.path / run_folder.MODEL
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file; write it with `mecdeploy export {folder.path}`.")
     import torch
 
     from mecdeploy.reference import TorchReference
     from mecdeploy.runtime_checks import check_model
     from mecdeploy.training.data import load_dataset
 
-    folder = run_folder.require_run(Path(run))
-    path = Path(model) if model is not None else folder.path / run_folder.MODEL
-    if not path.is_file():
-        raise UserError(f"{path}: no such model file; write it with `mecdeploy export {folder.path}`.")
     loaded = _load(folder)
     config = folder.read_config()
     validation = load_dataset(config.data, seed=config.seed).validation
@@ -138,6 +139,11 @@ def check(
         progress=progress,
         extra_versions={"mecdeploy": __version__, "torch": torch.__version__},
     )
+    if not report.passed and _digest(path) != loaded.sha256:
+        reason = (
+            f"{path} was exported from another checkpoint than {loaded.checkpoint.name}; export {folder.path} again."
+        )
+        report = dataclasses.replace(report, failures=(reason, *report.failures))
     content = json.dumps(report.to_json(), indent=2) + "\n"
     run_folder.write_atomically(folder.path / run_folder.PARITY, content.encode())
     return report
@@ -163,14 +169,12 @@ def _record(metrics: run_folder.Metrics, event: Event) -> None:
         done = {stage: run_folder.ALL for stage in event.stages[:here]}
         metrics.trim({**done, event.stage: event.epoch})
     elif isinstance(event, EpochEvent):
-        metrics.append(asdict(event))
+        metrics.append(dataclasses.asdict(event))
 
 
 def _describe(path: Path, content: bytes, target: str, input: str) -> ExportReport:
     """Read the bits back from the file itself, not from what was asked for."""
-    import onnx
-
-    metadata = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+    metadata = _metadata(content)
     return ExportReport(
         path=path,
         size=len(content),
@@ -179,3 +183,14 @@ def _describe(path: Path, content: bytes, target: str, input: str) -> ExportRepo
         weight_bits=json.loads(metadata["mecdeploy.weight_bits"]),
         activation_bits=json.loads(metadata["mecdeploy.activation_bits"]),
     )
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+
+
+def _digest(model: Path) -> str | None:
+    """The digest of the checkpoint that a model file says it was exported from."""
+    return _metadata(model.read_bytes()).get("mecdeploy.checkpoint_sha256")

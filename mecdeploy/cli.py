@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,16 +66,9 @@ def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any
     """Train a run: full precision, calibration, quantisation-aware training, a final phase with deployed arithmetic."""
     config, out = _resolve(config_file, out, resume, _settings(flags))
     from mecdeploy import api, progress, tables
-    from mecdeploy.training.events import TrainingInterrupted
 
-    errors = _console(sys.stderr)
-    try:
-        with progress.training_progress(errors) as report:
-            result = api.train(config, out, resume=resume, report=report)
-    except TrainingInterrupted as interruption:
-        hint = f" Continue with: mecdeploy train --resume --out {out}" if interruption.path is not None else ""
-        click.echo(f"{interruption}{hint}", err=True)
-        raise click.exceptions.Exit(INTERRUPTED) from None
+    with _interruptible(out), progress.training_progress(_console(sys.stderr)) as report:
+        result = api.train(config, out, resume=resume, report=report)
     _console(sys.stdout).print(tables.training(result, config.method))
     if config.method != "fp32":
         click.echo(f"Next: mecdeploy export {out}")
@@ -124,9 +118,16 @@ def predict(model: Path, images: Sequence[Path], top: int) -> None:
     from mecdeploy.prediction import Predictor
 
     predictor = Predictor(model)
+    refused = False
     for image in images:
-        best = predictor.predict(image).top(top)
+        try:
+            best = predictor.predict(image).top(top)
+        except UserError as error:
+            refused = bool(_refuse(str(error)))  # one bad file does not keep the others from their answer
+            continue
         click.echo(f"{image}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in best))
+    if refused:
+        raise click.exceptions.Exit(REFUSED)
 
 
 @cli.command(short_help="All of it on handwritten digits, in about a minute.")
@@ -139,8 +140,10 @@ def demo(out: Path | None) -> None:
     from mecdeploy.demo import run_demo
 
     errors = _console(sys.stderr)
-    with progress.training_progress(errors) as report:
-        result = run_demo(out, report=report, say=lambda line: click.echo(line, err=True))
+    with _interruptible(out):
+        result = run_demo(
+            out, progress=lambda: progress.training_progress(errors), say=lambda line: click.echo(line, err=True)
+        )
     _console(sys.stdout).print(tables.demo(result))
     if not result.parity.passed:
         for failure in result.parity.failures:
@@ -166,6 +169,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(_refuse(message))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _interruptible(out: Path | None) -> Iterator[None]:
+    """After Ctrl-C, say what was saved and how to go on."""
+    from mecdeploy.training.events import TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as interruption:
+        resumable = out is not None and interruption.path is not None
+        hint = f" Continue with: mecdeploy train --resume --out {out}" if resumable else ""
+        click.echo(f"{interruption}{hint}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def _refuse(message: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,12 +50,13 @@ def run_demo(
     out: Path | None = None,
     *,
     config: TrainConfig = CONFIG,
-    report: Callable[[Event], None] | None = None,
+    progress: Callable[[], AbstractContextManager[Callable[[Event], None] | None]] = nullcontext,
     say: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
     """Train, export, check and time. out: folder that keeps the run; without one it is temporary.
 
-    report: told of training events; say: told what comes next, in a few words. Errors as in mecdeploy.api.
+    progress: entered for the time of training, gives what is told of its events. say: told what comes next, in a few
+    words. Errors as in mecdeploy.api.
     """
     from mecdeploy import api
 
@@ -64,7 +65,7 @@ def run_demo(
             out if out is not None else Path(cleanup.enter_context(TemporaryDirectory(prefix="mecdeploy-"))) / "run"
         )
         say(f"Handwritten digits: {config.model.name}, method {config.method}, {_widths(config)}")
-        with _one_thread():
+        with _one_thread(), progress() as report:
             training = api.train(config, folder, report=report)
         say("Exporting")
         exported = api.export(folder)

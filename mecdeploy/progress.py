@@ -9,8 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, WarningEvent
 
@@ -34,8 +44,9 @@ def training_progress(console: Console) -> Iterator[Report]:
     if not console.is_terminal:
         yield _Lines(console).report
         return
-    with _bars(console) as progress:
-        yield _Bars(console, progress).report
+    bars = _Bars(console)
+    with Live(bars, console=console, transient=True, refresh_per_second=8):
+        yield bars.report
 
 
 @contextmanager
@@ -49,7 +60,7 @@ def checking_progress(console: Console) -> Iterator[CheckProgress]:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total, detail="")
+                tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done, total=total)
 
         yield report
@@ -100,24 +111,28 @@ class _Lines:
 
 
 class _Bars:
-    """A bar for each stage, and every finished epoch as a line above them."""
+    """A bar for the stage with a line of figures below, and every finished epoch as a line above them."""
 
-    def __init__(self, console: Console, progress: Progress) -> None:
-        self._console, self._progress = console, progress
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = _bars(console, TextColumn("{task.fields[epoch]}"))
         self._task: TaskID | None = None
         self._accuracy = ""
+        self._figures = "Loading torch and the images"
+
+    def __rich__(self) -> Group:
+        return Group(self._progress, Text(self._figures, no_wrap=True, overflow="ellipsis"))
 
     def report(self, event: Event) -> None:
         if isinstance(event, StageEvent):
             self._begin(event)
         elif isinstance(event, StepEvent) and self._task is not None:
-            detail = f"epoch {event.epoch}/{event.epochs}  {_loss(event.loss, event.terms)}{self._accuracy}"
             done = (event.epoch - 1) * event.steps + event.step
-            self._progress.update(
-                self._task, completed=done, detail=f"{detail}  {event.images_per_second:,.0f} images/s"
-            )
+            self._progress.update(self._task, completed=done, epoch=f"epoch {event.epoch}/{event.epochs}")
+            rate = f"{event.images_per_second:,.0f} images/s"
+            self._figures = f"{self._accuracy}{rate}  {_loss(event.loss, event.terms)}"
         elif isinstance(event, EpochEvent):
-            self._accuracy = f"  accuracy {event.validation_accuracy:.2%}"
+            self._accuracy = f"accuracy {event.validation_accuracy:.2%}  "
             self._say(_epoch_line(event))
         elif isinstance(event, WarningEvent):
             self._say(f"Warning: {event.message}")
@@ -126,28 +141,21 @@ class _Bars:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._say(_stage_line(event))
-        total = event.epochs * event.steps
         self._task = self._progress.add_task(
             STAGE_NAMES.get(event.stage, event.stage),
-            total=total or None,
+            total=event.epochs * event.steps or None,
             completed=event.epoch * event.steps + event.step,
-            detail="",
+            epoch="",
         )
+        self._figures = ""
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-        console=console,
-        transient=True,
-    )
+def _bars(console: Console, *further: ProgressColumn) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, *further, console=console, transient=True)
 
 
 def _stage_line(event: StageEvent) -> str:

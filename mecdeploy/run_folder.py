@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -29,6 +30,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises OSError, naming `path`, where the folder is missing, read-only or full; nothing is left behind then.
     """
+    if path.exists() and not path.is_file():
+        kind = errno.EISDIR if path.is_dir() else errno.EINVAL  # a device would be replaced by a file of its name
+        raise OSError(kind, os.strerror(kind), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
