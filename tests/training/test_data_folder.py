@@ -184,11 +184,12 @@ def test_images_of_many_sizes_become_224(tmp_path: Path) -> None:
     assert (data.height, data.width) == (224, 224) and isinstance(data.train, StreamSource)
 
 
-def test_grayscale_only_if_every_image_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("odd_one", ["train/a/000.png", "train/b/001.png", "val/b/zz.png"])
+def test_grayscale_only_if_every_image_is(tmp_path: Path, odd_one: str) -> None:
     fill(tmp_path / "train", {"a": 3, "b": 3}, mode="L")
     fill(tmp_path / "val", {"a": 3, "b": 3}, mode="L")
     assert load(tmp_path).channels == 1
-    put(tmp_path / "val" / "b" / "zz.png", mode="RGB")
+    put(tmp_path / odd_one, mode="RGB")
     data = load(tmp_path)
     assert data.channels == 3 and data.train.arrays()[0].shape == (6, 3, 10, 10)
 
