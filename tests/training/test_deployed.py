@@ -104,6 +104,37 @@ def test_add(case: tuple[float, float, float, int, int], bits: int, signed: bool
     assert (result.zero_point, result.qmax) == (output.zero_point, output.qmax)
 
 
+def every_pair() -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of every third code, [1, 85 * 85] each."""
+    a, b = np.meshgrid(np.arange(1, 256, 3), np.arange(1, 256, 3))
+    return a.ravel()[None].astype(np.uint8), b.ravel()[None].astype(np.uint8)
+
+
+def test_add_takes_b_first() -> None:
+    """fma(a, ra, fma(b, rb, zc)): the other way round gives other codes at scales in simple ratios."""
+    a, b = every_pair()
+    result = deployed.add(centred(a, 0, 0.35), centred(b, 0, 0.4), quantizer(8, signed=False, step=0.6))
+    assert np.array_equal(result.stored().numpy(), witness.add(a, 0.35, 0, b, 0.4, 0, 0.6, 0, 255))
+    reversed_order = witness.add(b, 0.4, 0, a, 0.35, 0, 0.6, 0, 255)
+    assert (reversed_order != result.stored().numpy()).any(), "these values would not tell the orders apart"
+
+
+def test_add_fuses_its_constant() -> None:
+    """zc = zy - fma(ra, za, rb * zb): rounded twice it differs where zero points are odd, as those of pixels are."""
+    a, b = every_pair()
+    case = (0.0625, 121), (0.109375, 153)
+    step = 0.09375
+    result = deployed.add(
+        centred(a, case[0][1], case[0][0]), centred(b, case[1][1], case[1][0]), quantizer(8, signed=True, step=step)
+    )
+    expected = witness.add(a, *case[0], b, *case[1], step, 128, 255)
+    assert np.array_equal(result.stored().numpy(), expected)
+    ratio_a, ratio_b = F32(case[0][0]) / F32(step), F32(case[1][0]) / F32(step)
+    plain = F32(128) - (ratio_a * F32(case[0][1]) + ratio_b * F32(case[1][1]))
+    fused = F32(128) - witness.fused_multiply_add(ratio_a, case[0][1], ratio_b * F32(case[1][1]))
+    assert plain != fused, "these values would not tell the two apart"
+
+
 def test_add_is_not_dequantise_add_quantise() -> None:
     a, b = (grid.ravel()[None].astype(np.uint8) for grid in np.meshgrid(np.arange(64), np.arange(64)))
     naive = np.clip(np.rint((a * F32(0.1) + b * F32(0.3)) / F32(0.2)), 0, 255).astype(np.uint8)
@@ -113,6 +144,17 @@ def test_add_is_not_dequantise_add_quantise() -> None:
     expected = witness.add(a, 0.1, 0, b, 0.3, 0, 0.2, 0, 255)
     assert np.array_equal(result.stored().numpy(), expected)
     assert (naive != expected).any(), "these values would not tell the two apart"
+
+
+def test_global_average_multiplies_scale_and_count_first() -> None:
+    """sx / (sy * n): divided one after the other, these ties fall the other way."""
+    sums = np.array([1359, 1395, 1431, 1467, 1503])
+    stored = np.stack([np.array([255] * 5 + [int(total) - 5 * 255]).reshape(2, 3) for total in sums])[None]
+    result = deployed.global_average(centred(stored, 0, 0.1), quantizer(8, signed=False, step=0.3))
+    expected = witness.global_average(stored, 0.1, 0, 0.3, 0, 255)
+    assert np.array_equal(result.stored().numpy(), expected)
+    other_order = np.rint(sums.astype(F32) * (F32(0.1) / F32(0.3) / F32(6)))
+    assert (other_order != expected.ravel()).any(), "these values would not tell the orders apart"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (4, 6), (301, 300)])
@@ -159,12 +201,21 @@ def batch_norm(gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> n
     return norm
 
 
+def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @torch.no_grad()
 def test_fold_is_the_closed_form() -> None:
     generator = torch.Generator().manual_seed(0)
     step, gamma, variance = torch.rand(3, 300, generator=generator).add(0.01)
     bias, beta, mean = torch.randn(3, 300, generator=generator)
+    negative = torch.where(torch.arange(300) % 2 == 0, -gamma, gamma)  # trained past 0, gamma counts by its size
 
+    assert_same(
+        deployed.fold(step, bias, batch_norm(negative, beta, mean, variance), torch.tensor(0.02)),
+        deployed.fold(step, bias, batch_norm(gamma, beta, mean, variance), torch.tensor(0.02)),
+    )
     scale, folded = deployed.fold(step, bias, batch_norm(gamma, beta, mean, variance), torch.tensor(0.02))
 
     gain = gamma.double() / (variance.double() + 1e-5).sqrt()

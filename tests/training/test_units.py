@@ -189,6 +189,30 @@ def test_add_with_one_output_gives_it_alone() -> None:
     assert np.array_equal(array(result.stored()), expected)
 
 
+def test_live_sums_and_means_quantise_reals() -> None:
+    """In float64, away from ties; straight-through gradients of 1 to either side, of 1 / n to every position."""
+    a = random_codes((2, 3, 4, 4), bits=8, signed=True, scale=0.021, seed=1)
+    b = random_codes((2, 3, 4, 4), bits=4, signed=False, scale=0.34, seed=2)
+    a.codes.requires_grad_()
+    b.codes.requires_grad_()
+    total = AddUnit([quantizer(8, signed=True, step=0.053)], ("y",)).train()(a, b)
+    exact = (a.codes.detach().double() * 0.021 + b.codes.detach().double() * 0.34) / 0.053
+    clear = (exact - exact.floor() - 0.5).abs() > 1e-3
+    assert clear.double().mean().item() > 0.9
+    assert torch.equal(total.codes[clear].double(), exact.round().clamp(-128, 127)[clear])
+    total.dequantize().sum().backward()
+    inside = ((exact > -128) & (exact < 127)).float()
+    torch.testing.assert_close(a.codes.grad, 0.021 * inside, rtol=1e-6, atol=0)  # three float32 products
+    torch.testing.assert_close(b.codes.grad, 0.34 * inside, rtol=1e-6, atol=0)
+
+    b.codes.grad = None
+    mean = GlobalAveragePoolUnit([quantizer(8, signed=False, step=0.0171)], ("y",)).train()(b)
+    exact = b.codes.detach().double().mean((2, 3), keepdim=True) * 0.34 / 0.0171
+    assert torch.equal(mean.codes.double(), exact.round().clamp(0, 255))
+    mean.dequantize().sum().backward()
+    torch.testing.assert_close(b.codes.grad, torch.full((2, 3, 4, 4), 0.34 / 16), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation", "ceil_mode"),
