@@ -80,6 +80,7 @@ def execute(folder: Path, config: Any, say: Callable[[str], None]) -> dict[str, 
         record["file_bytes"] = float_bytes(folder, config)
     else:
         record |= deployed(folder)
+    # Of this session alone, where a run was stopped and went on.
     record |= {"seconds": round(time.monotonic() - start, 1), "config": comparable(config)}
     done.write_text(json.dumps(record, indent=2) + "\n")
     return record

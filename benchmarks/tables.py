@@ -126,8 +126,17 @@ def cifar10(result: Result) -> str:
         f"\n{NETWORKS[result['model']]}, {result['data']}, seed {result['environment']['seed']}: {result['fp_epochs']} "
         f"epochs in full precision, then {result['epochs']} of each method from that one checkpoint."
     )
+    gains = ", ".join(f"{label(width)} {100 * gain:+.2f}" for width, gain in gains_of_mec(result).items())
+    trained += f" MEC less LSQ, in points: {gains}."
     note = f" {result['note']}" if result["note"] else ""
     return table(head, rows, left=1) + trained + note + "\n" + measured_on(result)
+
+
+def gains_of_mec(result: Result) -> dict[str, float]:
+    """Width -> accuracy of MEC less that of LSQ; negative where MEC is worse."""
+    runs = result["runs"]
+    widths = [name.partition("-")[2] for name in runs if name.startswith("lsq-")]
+    return {width: runs[f"mec-{width}"]["accuracy_torch"] - runs[f"lsq-{width}"]["accuracy_torch"] for width in widths}
 
 
 def label(model: str) -> str:
@@ -145,11 +154,11 @@ def measured_on(result: Result) -> str:
     found = result["environment"]
     features = f" ({', '.join(found['cpu_features'])})" if found["cpu_features"] else ""
     device = "" if found["device"] == "cpu" else f", {found['device']}"
+    priority = ", at real-time priority" if found.get("scheduling") == "real-time" else ""
     threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
-    if found.get("scheduling") == "real-time":
-        threads += " at real-time priority"
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("onnxruntime", "torch"))
-    return f"\n{found['date']}, {found['cpu']}{features}, {threads} of {found['cores']} cores{device}, {versions}.\n"
+    machine = f"{found['cpu']}{features}, {threads} of {found['cores']} cores{device}{priority}"
+    return f"\n{found['date']}, {machine}, {versions}.\n"
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, left: int) -> str:

@@ -1,0 +1,157 @@
+"""The documents say what the result files say, and the arithmetic between them is right."""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `benchmarks` importable by its path alone: with the root on sys.path the checkout would hide the wheel."""
+    folder = ROOT / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmarks", package)
+    spec.loader.exec_module(package)
+
+
+def load(name: str) -> ModuleType:
+    sys.modules.pop(f"benchmarks.{name}", None)
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.mark.parametrize("document", ["docs/benchmarks.md", "README.md"])
+def test_documents_show_the_committed_results(document: str) -> None:
+    tables = load("tables")
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert tables.fill(text, tables.write_table) == text, "run python -m benchmarks.tables"
+
+
+def test_the_benchmark_page_shows_every_table() -> None:
+    tables = load("tables")
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert sorted(match["name"] for match in tables.MARKED.finditer(text)) == sorted(tables.TABLES)
+
+
+def test_committed_latency_is_whole_and_all_quantised_models_are_all_integer() -> None:
+    result = json.loads((ROOT / "benchmarks/results/latency.json").read_text())
+    for network in ("resnet18", "mobilenet_v2"):
+        models = result["networks"][network]
+        assert list(models) == ["fp32", "static_int8", "w8a8", "w4a4", "w2a2"]
+        convolutions = models["fp32"]["float_convolutions"]
+        for model in ("static_int8", "w8a8", "w4a4", "w2a2"):  # a baseline in float would be no fair one
+            assert models[model]["float_convolutions"] == 0
+            assert models[model]["integer_convolutions"] == convolutions
+    assert result["environment"]["threads"] == 1
+
+
+def test_committed_accuracy_has_every_run_and_no_differing_integer() -> None:
+    result = json.loads((ROOT / "benchmarks/results/cifar10.json").read_text())
+    assert list(result["runs"]) == ["fp32", "lsq-w4a4", "mec-w4a4", "lsq-w2a2", "mec-w2a2"]
+    for name, run in result["runs"].items():
+        if name != "fp32":
+            assert run["passed"] and run["integers_different"] == 0 and run["integers_compared"] > 1_000_000
+            assert run["accuracy_torch"] == run["accuracy_onnxruntime"]
+
+
+def test_fill_replaces_what_stands_between_markers_and_nothing_else() -> None:
+    tables = load("tables")
+    text = "before\n<!-- table:a -->\nold\n<!-- /table -->\nbetween\n<!-- table:b -->\n<!-- /table -->\nafter\n"
+    filled = tables.fill(text, lambda name: f"new {name}\n")
+    assert filled == (
+        "before\n<!-- table:a -->\nnew a\n<!-- /table -->\nbetween\n<!-- table:b -->\nnew b\n<!-- /table -->\nafter\n"
+    )
+
+
+def test_fill_leaves_a_document_without_markers_alone() -> None:
+    assert load("tables").fill("no table here\n", pytest.fail) == "no table here\n"
+
+
+def test_fill_refuses_an_open_marker() -> None:
+    text = "<!-- table:a -->\n\n<!-- table:b -->\n<!-- /table -->\n"
+    with pytest.raises(ValueError, match="has no `<!-- /table -->`"):
+        load("tables").fill(text, lambda name: "")
+
+
+def test_unknown_table_is_named() -> None:
+    with pytest.raises(ValueError, match="no table 'speed'; there are latency, export"):
+        load("tables").write_table("speed")
+
+
+def test_a_missed_target_is_said_even_if_rounding_would_hide_it() -> None:
+    verdict = load("tables").verdict
+    assert verdict("file", 6.3, 6.3, 2)[3] == "met"
+    assert verdict("file", 6.3004, 6.3, 2)[2:] == ("6.30", "**missed**")
+
+
+def test_a_method_that_loses_is_shown_to_lose() -> None:
+    runs = {"lsq-w2a2": {"accuracy_torch": 0.75}, "mec-w2a2": {"accuracy_torch": 0.5}}
+    assert load("tables").gains_of_mec({"runs": runs}) == {"w2a2": -0.25}
+
+
+def test_ratios_are_taken_within_each_round() -> None:
+    timing = load("timing")
+    base = np.array([1.0, 10.0, 100.0, 1000.0, 10000.0])  # a machine that gets slower and slower
+    assert timing.ratios(base * 0.5, base) == {"median": 0.5, "q1": 0.5, "q3": 0.5}
+    assert timing.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+
+
+def test_photographs_are_drawn_by_the_seed() -> None:
+    networks = load("networks")
+    first, again, other = (networks.photographs(3, seed) for seed in (0, 0, 1))
+    assert first.shape == (3, 3, 224, 224) and first.numpy().std() > 30
+    assert bool((first == again).all()) and not bool((first == other).all())
+
+
+def arguments(out: Path, *more: str) -> argparse.Namespace:
+    parsed: argparse.Namespace = load("cifar10").parse(["--data", "imagefolder:photos", "--out", str(out), *more])
+    return parsed
+
+
+def test_every_quantised_run_starts_from_one_checkpoint_with_one_budget(tmp_path: Path) -> None:
+    cifar10 = load("cifar10")
+    given = arguments(tmp_path, "--epochs", "2")
+    plan = cifar10.plan(given)
+    assert next(iter(plan)) == "fp32"
+    configs = {name: cifar10.run_config(given, change) for name, change in plan.items() if name != "fp32"}
+    assert {config.init for config in configs.values()} == {str(tmp_path / "fp32" / "checkpoint-final.safetensors")}
+    assert {config.schedule for config in configs.values()} == {configs["lsq-w4a4"].schedule}
+    assert configs["lsq-w4a4"].schedule.fp_epochs == 0 and configs["lsq-w4a4"].schedule.epochs == 2
+    assert configs["mec-w2a2"].quant.weight_bits == configs["mec-w2a2"].quant.act_bits == 2
+
+
+def test_a_run_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
+    cifar10 = load("cifar10")
+    given = arguments(tmp_path)
+    config = cifar10.run_config(given, cifar10.plan(given)["lsq-w4a4"])
+    record = {"accuracy_torch": 0.5, "config": cifar10.comparable(config)}
+    (tmp_path / "benchmark.json").write_text(json.dumps(record))
+    assert cifar10.execute(tmp_path, config, pytest.fail) == record
+    other = cifar10.run_config(arguments(tmp_path, "--seed", "1"), cifar10.plan(given)["lsq-w4a4"])
+    with pytest.raises(SystemExit, match="other settings"):
+        cifar10.execute(tmp_path, other, pytest.fail)
+
+
+def test_results_name_no_machine_and_no_path(tmp_path: Path) -> None:
+    cifar10, environment = load("cifar10"), load("environment")
+    described = environment.describe_environment(seed=3, threads=1)
+    assert described["seed"] == 3 and described["versions"]["onnxruntime"]
+    given = arguments(tmp_path)
+    config = cifar10.comparable(cifar10.run_config(given, cifar10.plan(given)["mec-w2a2"]))
+    written = json.dumps([described, config])
+    assert str(tmp_path) not in written and "photos" not in written and str(ROOT) not in written
+    import platform
+
+    assert platform.node() not in written or len(platform.node()) < 4
