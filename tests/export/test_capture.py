@@ -77,7 +77,7 @@ class Depthwise(nn.Module):
         self.a, self.b, self.c, self.d = inverted(8, 8, 1), inverted(8, 8, 1), inverted(8, 12, 2), inverted(12, 12, 1)
         self.head = convolution(12, 16, 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(16, 5))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Dropout(0.1), nn.Linear(16, 5))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, 12, 10] to [N, 5]."""
@@ -218,7 +218,7 @@ def test_weights_fill_their_width(weight_bits: int) -> None:
             continue
         unit = model.unit(node.name)
         assert isinstance(unit, WeightedUnit)
-        bits = 8 if node.name in ("stem.0", "classifier.1") else weight_bits
+        bits = 8 if node.name in ("stem.0", "classifier.2") else weight_bits
         step = unit.weight_quantizer.step.detach().view(-1, *[1] * (unit.weight.dim() - 1))
         codes = np.rint((unit.weight.detach() / step).numpy()).clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         assert (node.weight.bits, node.weight.codes.dtype, node.bias.dtype) == (bits, np.int8, np.int32)
