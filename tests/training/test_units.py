@@ -270,7 +270,7 @@ def some_units() -> dict[str, tuple[nn.Module, tuple[QTensor, ...]]]:
         "linear": (weighted(nn.Linear(12, 5), quantizer(4, signed=False, step=0.2), bits=3, norm=False), (vector,)),
         "logits": (weighted(nn.Linear(12, 5), None, bits=8, norm=False), (vector,)),
         "add": (
-            AddUnit([quantizer(8, signed=False, step=0.02), quantizer(4, signed=False, step=0.2)], ("s", "a")),
+            AddUnit([quantizer(8, signed=False, step=0.02131), quantizer(4, signed=False, step=0.2173)], ("s", "a")),
             (image, other),
         ),
         "pool": (GlobalAveragePoolUnit([quantizer(8, signed=False, step=0.011)], ("p",)), (image,)),
@@ -383,6 +383,36 @@ def test_gradients_without_batch_norm_and_bias_are_lsqs(kind: str, frozen: bool)
         size = leaf[name].grad.abs().max().item()
         assert size > 0
         torch.testing.assert_close(value.double(), leaf[name].grad, rtol=0, atol=1e-5 * size, msg=name)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["add", "pool"])
+def test_gradients_of_sums_and_means_are_lsqs(kind: str, frozen: bool) -> None:
+    """To both readings of a sum, both its inputs, their scales and every step."""
+    unit, reads = some_units()[kind]
+    unit.train().frozen = frozen  # type: ignore[assignment]
+    quantizers = [module for module in unit.modules() if isinstance(module, ActivationQuantizer)]
+    leaves = [tensor.clone().requires_grad_() for x in reads for tensor in (x.codes, x.scale)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (*leaves, *(q.step for q in quantizers))]
+    total = sum(exact[2 * i] * exact[2 * i + 1] for i in range(len(reads)))
+    assert isinstance(total, Tensor)
+    total = total.mean((2, 3), keepdim=True) if kind == "pool" else total
+    generator = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(total.shape, generator=generator) for _ in quantizers]
+    for quantizer_, step, g in zip(quantizers, exact[2 * len(reads) :], upstream, strict=True):
+        upper = quantizer_.qmax - quantizer_.zero_point
+        real = straight_through(total, step, -quantizer_.zero_point, upper, (total[0].numel() * upper) ** -0.5)
+        (real * g.double()).sum().backward(retain_graph=True)
+
+    inputs = [QTensor(leaves[2 * i], leaves[2 * i + 1], x.zero_point, x.qmax) for i, x in enumerate(reads)]
+    results = unit(*inputs)
+    for result, g in zip(results if isinstance(results, tuple) else (results,), upstream, strict=True):
+        (result.dequantize() * g).sum().backward(retain_graph=True)
+
+    for ours, theirs in zip([*leaves, *(q.step for q in quantizers)], exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None and bool(theirs.grad.any())
+        # 1e-4: float32 sums of some hundred terms, of which the steps' cancel to a tenth
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=1e-4 * theirs.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("frozen", [False, True])
