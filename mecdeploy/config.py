@@ -53,7 +53,8 @@ def resolve(settings: Mapping[str, Any], *, source: str = "") -> TrainConfig:
     if isinstance(schedule, Mapping) and "frozen_epochs" not in schedule and type(schedule.get("epochs")) is int:
         default = TrainConfig().schedule.frozen_epochs
         settings = merge(settings, {"schedule": {"frozen_epochs": max(0, min(default, schedule["epochs"]))}})
-    return _build(TrainConfig, settings, (), f"{source}: " if source else "")
+    config: TrainConfig = _build(TrainConfig, settings, (), f"{source}: " if source else "")
+    return config
 
 
 def read_config(path: str | Path) -> TrainConfig:
