@@ -56,15 +56,21 @@ def accumulate(x: QTensor, weight: Tensor, bias: Tensor, geometry: Geometry | No
     """The int32 accumulator of a convolution, or of a Gemm where geometry is None: float holding exact integers.
 
     x.codes: [N, C, H, W] or [N, C]; weight: [O, ...] codes; bias: [O] codes.
-    Runs in float32 where no partial sum can reach 2^24, else in float64.
+    Products are summed in float32 where no partial sum can reach 2^24, else in float64. Where only the bias is too long
+    for float32, as a dead channel's is, it is added in float64 afterwards: a float64 convolution takes 3 times as long.
     """
     largest = max(-x.lower, x.upper)
-    bound = weight.detach().abs().flatten(1).sum(1) * largest + bias.detach().abs()
-    exact = torch.float32 if float(bound.max()) < EXACT_FLOAT32 else torch.float64
-    codes, weight, bias = x.codes.to(exact), weight.to(exact), bias.to(exact)
+    products = weight.detach().abs().flatten(1).sum(1) * largest
+    longest_sum, longest = torch.stack([products.max(), (products + bias.detach().abs()).max()]).tolist()
+    exact = torch.float32 if longest_sum < EXACT_FLOAT32 else torch.float64
+    late_bias = exact == torch.float32 and not longest < EXACT_FLOAT32
+    codes, weight, early = x.codes.to(exact), weight.to(exact), None if late_bias else bias.to(exact)
     if geometry is None:
-        return F.linear(codes, weight, bias)
-    return F.conv2d(codes, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        result = F.linear(codes, weight, early)
+    else:
+        g = geometry
+        result = F.conv2d(codes, weight, early, g.stride, g.padding, g.dilation, g.groups)
+    return result.double() + bias.double().view(-1, *[1] * (result.dim() - 2)) if late_bias else result
 
 
 def requantize(accumulator: Tensor, product_scale: Tensor, output: ActivationQuantizer) -> QTensor:

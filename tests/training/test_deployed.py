@@ -301,6 +301,31 @@ def test_accumulate_leaves_float32_exactly_at_2_to_24(
     assert [int(v) for v in result.flatten().tolist()] == expected
 
 
+@pytest.mark.parametrize("convolution", [False, True])
+def test_a_long_bias_is_added_exactly(convolution: bool) -> None:
+    """Biases of a dead channel, at their limit of 2^30, beside short ones; gradients pass to all three operands."""
+    rng = np.random.default_rng(1)
+    stored, weight = rng.integers(0, 16, (2, 12)), rng.integers(-8, 8, (3, 12))
+    bias = np.array([2**30, -(2**30) + 64, 7])
+    expected = stored @ weight.T + bias
+    if convolution:
+        stored, weight, expected = stored.reshape(2, 3, 2, 2), weight.reshape(3, 3, 2, 2), expected[..., None, None]
+    geometry = Geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1)) if convolution else None
+    x = centred(stored, 0, 0.1, qmax=15)
+    operands = [x.codes, torch.from_numpy(weight).float(), torch.from_numpy(bias).float()]
+    for operand in operands:
+        operand.requires_grad_()
+
+    result = deployed.accumulate(x, operands[1], operands[2], geometry)
+
+    assert np.array_equal(result.detach().numpy(), expected)
+    result.sum().backward()
+    gradients = (weight.sum(0), stored.sum(0), np.full(3, 2.0))
+    for operand, gradient in zip(operands, gradients, strict=True):
+        assert operand.grad is not None
+        assert np.array_equal(operand.grad.numpy(), np.broadcast_to(gradient, operand.shape))
+
+
 def test_accumulate_is_exact_where_float32_is_not() -> None:
     """20,000 products of 255 * 127: odd sums near 6.5e8."""
     rng = np.random.default_rng(0)
