@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from calling import Call
 from onnx import numpy_helper
-
-from .conftest import Call
 
 KEYS = {
     "integers_compared",

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from calling import Call
 
 import mecdeploy
 from mecdeploy.errors import UserError
 from mecdeploy.failures import explain
-
-from .conftest import Call
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "numpy", "rich", "sklearn", "safetensors", "PIL")
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+from calling import Call, largest_file
 
 import mecdeploy
-
-from .conftest import Call, largest_file
 
 
 def metadata(path: Path) -> dict[str, str]:

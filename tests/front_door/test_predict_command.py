@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from calling import Call
 from PIL import Image
 
 from mecdeploy.errors import UserError
 from mecdeploy.prediction import InputContract, Predictor, predict
-
-from .conftest import Call
 
 
 def test_torch_is_not_imported(

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from calling import TINY, Call, largest_file
 from PIL import Image
 
 from mecdeploy.config import read_config
-
-from .conftest import TINY, Call, largest_file
 
 IMAGES_PER_CLASS = 8
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from mecdeploy import DataConfig, ModelConfig, QuantConfig, ScheduleConfig, TrainConfig, train
+from mecdeploy import ModelConfig, ScheduleConfig, TrainConfig, train
 
-ONE_EPOCH = ScheduleConfig(fp_epochs=0, epochs=1, frozen_epochs=1, batch_size=64, calibration_images=128)
+sys.path.insert(0, str(Path(__file__).parent))  # so that these tests find their own modules under any import mode
 
 
 @pytest.fixture(scope="session")
@@ -18,16 +19,3 @@ def resnet8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     schedule = ScheduleConfig(fp_epochs=3, epochs=0, frozen_epochs=0, batch_size=64)
     config = TrainConfig(method="fp32", device="cpu", model=ModelConfig(name="resnet8"), schedule=schedule)
     return train(config, out).checkpoint
-
-
-def quantized_config(checkpoint: Path, weight_bits: int, act_bits: int, *, method: str = "mec") -> TrainConfig:
-    """One epoch of QAT from that checkpoint, all of it in the frozen phase."""
-    return TrainConfig(
-        method=method,
-        device="cpu",
-        init=str(checkpoint),
-        data=DataConfig(name="digits"),
-        model=ModelConfig(name="resnet8"),
-        quant=QuantConfig(weight_bits=weight_bits, act_bits=act_bits),
-        schedule=ONE_EPOCH,
-    )

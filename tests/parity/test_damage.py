@@ -9,11 +9,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
+from quantized_runs import quantized_config
 
 from mecdeploy import api
 from mecdeploy.runtime_checks import CheckError
-
-from .conftest import quantized_config
 
 UNITS = ("conv1", "layer2.0.conv1", "layer3.0.downsample.0")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from depthwise_net import small_depthwise_net, train_float, train_quantized
+from quantized_runs import quantized_config
 from torch import Tensor, nn
 
 from mecdeploy import DataConfig, QuantConfig, api
@@ -17,9 +19,6 @@ from mecdeploy.runtime_checks import ParityReport, check_model
 from mecdeploy.training.data import load_dataset
 from mecdeploy.training.run import load_run
 from mecdeploy.training.units import InputSpec
-
-from .conftest import quantized_config
-from .depthwise import small_depthwise_net, train_float, train_quantized
 
 MATRIX = list(product((2, 3, 4, 8), (2, 4, 8)))
 # Each width meets both targets and both inputs somewhere in its row.

@@ -11,11 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from quantized_runs import quantized_config
 
 from mecdeploy import api
 from mecdeploy.cli import main
-
-from .conftest import quantized_config
 
 CPU_SECONDS = 90.0
 
