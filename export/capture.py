@@ -69,16 +69,10 @@ def lower(model: QuantizedModel, name: str = "mecdeploy") -> IntegerGraph:
 
 
 def _run(model: QuantizedModel) -> dict[str, QTensor | Tensor]:
-    spec = model.spec
-    device = next(model.parameters()).device
-    x = spec.quantized(torch.zeros(1, spec.channels, spec.height, spec.width, dtype=torch.uint8, device=device))
-    values: dict[str, QTensor | Tensor] = {PIXELS: x}
-    for step in model.program:
-        unit = model.unit(step.unit)
-        result = unit(*(values[read] for read in step.reads))
-        results = result if isinstance(result, tuple) else (result,)
-        values.update(zip(unit.output_names, results, strict=True))
-    return values
+    spec, device = model.spec, next(model.parameters()).device
+    blank = torch.zeros(1, spec.channels, spec.height, spec.width, dtype=torch.uint8, device=device)
+    x = model.quantize(blank)
+    return {PIXELS: x, **{name: value for _, name, value in model.values(x)}}
 
 
 def _node(step: Step, unit: Unit, reads: tuple[str, ...], values: Mapping[str, QTensor | Tensor]) -> Node:

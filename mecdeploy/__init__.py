@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         ScheduleConfig,
         TrainConfig,
     )
-    from mecdeploy.training.prepare import prepare
+    from mecdeploy.training.preparation import prepare
     from mecdeploy.training.units import InputSpec
 
 _HOMES = {
@@ -50,7 +50,7 @@ _HOMES = {
         "ScheduleConfig",
         "TrainConfig",
     ),
-    "mecdeploy.training.prepare": ("prepare",),
+    "mecdeploy.training.preparation": ("prepare",),
     "mecdeploy.training.units": ("InputSpec",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

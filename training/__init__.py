@@ -4,7 +4,7 @@
     deployed.py      the arithmetic of onnxruntime's integer kernels, differentiable
     units.py         quantised units: one unit is one integer kernel at run time
     patterns.py      torch.fx nodes -> plans of units;  widths.py: at which width each is stored and read
-    prepare.py       float model -> QuantizedModel (model.py);  calibrate.py: its first step sizes
+    preparation.py       float model -> QuantizedModel (model.py);  calibration.py: its first step sizes
     coding.py        coding rates;  mec.py: the maximum-entropy-coding objective made of them
     data/            images in memory or streamed;  models.py: the networks a config can name
     loop.py          the stages of a run;  checkpoint.py: what survives it;  config.py: what it can be told
@@ -29,12 +29,12 @@ from mecdeploy.training.config import (
 from mecdeploy.training.errors import TrainingError
 
 if TYPE_CHECKING:
-    from mecdeploy.training.calibrate import calibrate
+    from mecdeploy.training.calibration import calibrate
     from mecdeploy.training.data import load_dataset
     from mecdeploy.training.loop import train
     from mecdeploy.training.model import QuantizedModel
     from mecdeploy.training.models import available_models, build_model
-    from mecdeploy.training.prepare import prepare
+    from mecdeploy.training.preparation import prepare
     from mecdeploy.training.run import load_run
     from mecdeploy.training.units import InputSpec
 
@@ -62,10 +62,10 @@ _HOMES = {
     "QuantizedModel": "model",
     "available_models": "models",
     "build_model": "models",
-    "calibrate": "calibrate",
+    "calibrate": "calibration",
     "load_dataset": "data",
     "load_run": "run",
-    "prepare": "prepare",
+    "prepare": "preparation",
     "train": "loop",
 }
 

@@ -15,7 +15,7 @@ from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import choose_device, reproducible
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.events import EpochEvent, Event, WarningEvent
+from mecdeploy.training.events import EpochEvent, Event
 from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.session import Session
@@ -75,9 +75,7 @@ def train(
         if resume and checkpoint is None:
             complaints.append(f"{out} holds no checkpoint yet; training starts from the beginning.")
         folder.make_writable()
-        for complaint in complaints:
-            tell(WarningEvent(message=complaint))
-        session.run()
+        session.run(complaints)
     return finished_run(out)
 
 

@@ -46,25 +46,32 @@ class QuantizedModel(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [N, C, H, W] to logits float32 [N, classes]."""
+        return self.run(self.quantize(pixels))
+
+    def quantize(self, pixels: Tensor) -> QTensor:
+        """Raw pixels, uint8 [N, C, H, W], as the program reads them. Raises TrainingError for any other dtype."""
         if pixels.dtype != torch.uint8:
             raise TrainingError(
                 f"the quantised model takes raw uint8 pixels 0..255, not {pixels.dtype}; pass the image unnormalised."
             )
-        return self.run(self.spec.quantized(pixels))
+        return self.spec.quantized(pixels)
 
     def run(self, x: QTensor) -> Tensor:
-        """Execute the program, dropping each value after its last reader."""
+        """Execute the program on quantised pixels; returns the logits."""
+        return next(value for _, name, value in self.values(x) if name == LOGITS)  # type: ignore[return-value]
+
+    def values(self, x: QTensor) -> Iterator[tuple[Unit, str, QTensor | Tensor]]:
+        """Execute the program, yielding each unit's outputs by name and dropping each value after its last reader."""
         values: dict[str, Any] = {PIXELS: x}
         for index, step in enumerate(self.program):
             unit = self.unit(step.unit)
             result = unit(*(values[name] for name in step.reads))
-            results = result if isinstance(result, tuple) else (result,)
-            values.update(zip(unit.output_names, results, strict=True))
+            for name, value in zip(unit.output_names, result if isinstance(result, tuple) else (result,), strict=True):
+                values[name] = value
+                yield unit, name, value
             for name in step.reads:
                 if self._last_read[name] == index:
                     values.pop(name, None)
-        logits: Tensor = values[LOGITS]
-        return logits
 
     def unit(self, name: str) -> Unit:
         """The unit of this name."""
@@ -114,29 +121,16 @@ class QuantizedModel(nn.Module):
         """
         if any(parameter.device.type != "cpu" for parameter in self.parameters()):
             raise TrainingError("integers() is exact on the CPU only; call model.cpu() first.")
-        codes: dict[str, np.ndarray[Any, Any]] = {}
-
-        def keep(unit: nn.Module, _: Any, result: Any) -> None:
-            assert isinstance(unit, Unit)
-            results = result if isinstance(result, tuple) else (result,)
-            for name, value in zip(unit.output_names, results, strict=True):
-                codes[name] = (value.stored() if isinstance(value, QTensor) else value).numpy()
-
-        handles = [unit.register_forward_hook(keep) for unit in self.units().values() if has_kernel(unit)]
         was_training = self.training
         try:
             self.eval()
-            self.forward(pixels)
+            return {
+                name: (value.stored() if isinstance(value, QTensor) else value).numpy()
+                for unit, name, value in self.values(self.quantize(pixels))
+                if not isinstance(unit, DropoutUnit)  # which has no kernel at run time
+            }
         finally:
             self.train(was_training)
-            for handle in handles:
-                handle.remove()
-        return codes
-
-
-def has_kernel(unit: Unit) -> bool:
-    """Whether a unit exists at run time (dropout does not)."""
-    return not isinstance(unit, DropoutUnit)
 
 
 def _keep_features(recording: Recording) -> Any:

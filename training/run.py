@@ -21,7 +21,7 @@ from mecdeploy.training.config import (
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.units import InputSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,14 @@ class Session:
         self._saved = position
         return complaints
 
-    def run(self) -> Path:
-        """Train what is left and write the final checkpoint; returns its path.
+    def run(self, complaints: Iterable[str] = ()) -> Path:
+        """Report the complaints as warnings, train what is left, write the final checkpoint and return its path.
 
         Raises TrainingInterrupted, after saving, on Ctrl-C or when `report` raises KeyboardInterrupt.
         """
         try:
+            for complaint in complaints:
+                self._emit(WarningEvent(message=complaint))
             for stage in self.stages:
                 if self.state.position <= Position.of(stage.name, stage.epochs, 0):
                     self._run_stage(stage)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.checkpoint import Checkpoint, Position
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
@@ -21,7 +21,7 @@ from mecdeploy.training.initial import load_initial_weights
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.optimizers import build_optimizer, momentum_tensors, restore_momentum
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task, feature_extractor
 from mecdeploy.training.units import InputSpec
@@ -194,7 +194,7 @@ class State:
     def _require_same_run(self, header: Mapping[str, Any], path: Path) -> None:
         saved, wanted = _flat(header["config"]), _flat(self.config.describe())
         for key in sorted({*saved, *wanted}):
-            if not key.startswith(_MAY_CHANGE) and saved.get(key) != wanted.get(key):
+            if key not in _MAY_CHANGE and saved.get(key) != wanted.get(key):
                 raise TrainingError(
                     f"{key} is {wanted.get(key)!r}, but {path} was trained with {saved.get(key)!r}. "
                     f"Resume with the old value, or start another run from this one with init."

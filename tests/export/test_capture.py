@@ -20,10 +20,10 @@ from mecdeploy.export.errors import ExportError
 from mecdeploy.export.graph import Add, Conv, Flatten, Gemm, GlobalAveragePool, MaxPool, Quantization, inputs_of
 from mecdeploy.export.graph import outputs_of as written_by
 from mecdeploy.export.validation import validate_graph
-from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.model import QuantizedModel
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import QTensor
 from mecdeploy.training.units import InputSpec, Unit, WeightedUnit
 

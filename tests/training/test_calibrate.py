@@ -9,11 +9,11 @@ from tiny_networks import SPEC, images, tiny_residual
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mecdeploy.training.calibrate import CANDIDATES, calibrate, search_steps
+from mecdeploy.training.calibration import CANDIDATES, calibrate, search_steps
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import ActivationQuantizer
 from mecdeploy.training.units import WeightedUnit
 

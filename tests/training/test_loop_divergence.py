@@ -7,14 +7,14 @@ import torch
 from tiny_run import build_tiny, tiny_config, tiny_dataset
 from torch import nn
 
-from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.checkpoint import read_checkpoint
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.diagnose import first_non_finite
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import StepEvent
 from mecdeploy.training.loop import train
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.units import InputSpec
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_run import build_tiny
 from torch import nn
 
-from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig, ScheduleConfig
 from mecdeploy.training.optimizers import (
     build_optimizer,
@@ -16,7 +16,7 @@ from mecdeploy.training.optimizers import (
     restore_momentum,
     set_learning_rate,
 )
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.units import InputSpec
 
 SCHEDULE = ScheduleConfig(momentum=0.5, weight_decay=0.25)

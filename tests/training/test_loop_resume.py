@@ -60,23 +60,20 @@ def test_interrupted_after_every_single_step(tmp_path, views):
     config = tiny_config(mec=MecConfig(samples=16, views=views, code=("features", "activations", "weights")))
     whole = []
     train(config, tiny_dataset(), tmp_path / "whole", report=whole.append)
-    out, sessions, seen = tmp_path / "run", 0, []
+    out, seen = tmp_path / "run", []
 
     def one_step(event):
         seen.append(event)
         if isinstance(event, StepEvent):
             raise KeyboardInterrupt
 
-    while True:
-        try:
-            train(config, tiny_dataset(), out, resume=sessions > 0, report=one_step)
-            break
-        except TrainingInterrupted as stop:
-            sessions += 1
-            last = seen[-1]
-            assert (stop.stage, stop.epoch, stop.step) == (last.stage, last.epoch - 1, last.step)
-            assert stop.path is not None and stop.path.is_file()
-    assert sessions == 6 * STEPS
+    for session in range(6 * STEPS):
+        with pytest.raises(TrainingInterrupted) as stop:
+            train(config, tiny_dataset(), out, resume=session > 0, report=one_step)
+        last = seen[-1]
+        assert (stop.value.stage, stop.value.epoch, stop.value.step) == (last.stage, last.epoch - 1, last.step)
+        assert stop.value.path is not None and stop.value.path.is_file()
+    train(config, tiny_dataset(), out, resume=True, report=one_step)
     assert_same_run(out, tmp_path / "whole")
     assert comparable(seen) == comparable(whole)
     assert [e for e in seen if isinstance(e, WarningEvent)] == []

@@ -15,7 +15,7 @@ from mecdeploy.training.config import ModelConfig, QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
 from mecdeploy.training.units import InputSpec, MaxPoolUnit, WeightedUnit
 

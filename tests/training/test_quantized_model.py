@@ -12,11 +12,11 @@ from tiny_networks import SPEC, images, tiny_residual
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mecdeploy.training.calibrate import calibrate
+from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
-from mecdeploy.training.prepare import prepare
+from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import ActivationQuantizer, WeightQuantizer
 from mecdeploy.training.units import WeightedUnit
 
