@@ -27,7 +27,8 @@ class ExportConfig:
     input: str = "uint8"
 
     def __post_init__(self) -> None:
-        _require_choice("bits", self.bits, (None, *PACKED_BITS))
+        if self.bits is not None:
+            _require_choice("bits", self.bits, PACKED_BITS)
         _require_choice("target", self.target, TARGETS)
         _require_choice("input", self.input, INPUTS)
 

@@ -24,10 +24,12 @@ def expose_units(data: bytes) -> bytes:
     return model.SerializeToString()
 
 
-def run(data: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Every output of the model by name."""
+def run(data: bytes, images: np.ndarray, **settings: str) -> dict[str, np.ndarray]:
+    """Every output of the model by name. settings: session configuration entries, their dots as underscores."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    for key, value in settings.items():
+        options.add_session_config_entry(key.replace("_", "."), value)
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     results = session.run(None, {session.get_inputs()[0].name: images})
     return {output.name: result for output, result in zip(session.get_outputs(), results, strict=True)}

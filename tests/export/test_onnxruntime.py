@@ -119,3 +119,16 @@ def test_the_batch_is_free(name: str) -> None:
     assert whole.shape[0] == 5
     for index in range(5):
         np.testing.assert_array_equal(run(data, pixels[index : index + 1])["logits"], whole[index : index + 1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("weight_bits", BITS)
+def test_the_rewrite_for_cpus_without_vnni_loads_and_changes_nothing(weight_bits: int, target: str) -> None:
+    graph = GRAPHS["residual"](weight_bits, 8)  # several layers of one channel count, all 8 bits wide at the widest
+    data = expose_units(export(graph, target=target))
+    images = pixels_for(graph, 2)
+
+    plain, safe = run(data, images), run(data, images, session_x64quantprecision="1")
+
+    for name, expected in plain.items():
+        np.testing.assert_array_equal(safe[name], expected, err_msg=name)
