@@ -130,7 +130,7 @@ def check(
     loaded = _load(folder)
     config = folder.read_config()
     validation = load_dataset(config.data, seed=config.seed).validation
-    images = _stack(validation)
+    images = _on_disk(validation)
     report = check_model(
         path,
         images,
@@ -155,11 +155,24 @@ def _load(folder: run_folder.RunFolder) -> LoadedRun:
     return load_run(folder.path)
 
 
-def _stack(source: ImageSource) -> NDArray[np.uint8]:
-    """All images of a source, uint8 [n, C, H, W]."""
+def _on_disk(source: ImageSource) -> NDArray[np.uint8]:
+    """All images of a source, uint8 [n, C, H, W], in a file that vanishes with the array: they may not fit in memory."""
+    import tempfile
+
     import numpy as np
 
-    return np.concatenate([batch.images[0].numpy() for batch in source.batches(256)])
+    stacked: NDArray[np.uint8] | None = None
+    done = 0
+    for batch in source.batches(64):
+        images = batch.images[0].numpy()
+        if stacked is None:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 (the array keeps its own handle on it)
+            stacked = np.memmap(file, np.uint8, "w+", shape=(len(source), *images.shape[1:]))
+            file.close()
+        stacked[done : done + len(images)] = images
+        done += len(images)
+    assert stacked is not None and done == len(source)
+    return stacked
 
 
 def _record(metrics: run_folder.Metrics, event: Event) -> None:

@@ -173,14 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _interruptible(out: Path | None) -> Iterator[None]:
-    """After Ctrl-C, say what was saved and how to go on."""
+    """After Ctrl-C, say what was saved and how to go on. out: None for a run that nobody keeps."""
     from mecdeploy.training.events import TrainingInterrupted
 
     try:
         yield
     except TrainingInterrupted as interruption:
-        resumable = out is not None and interruption.path is not None
-        hint = f" Continue with: mecdeploy train --resume --out {out}" if resumable else ""
+        if out is None:
+            raise KeyboardInterrupt from None
+        hint = f" Continue with: mecdeploy train --resume --out {out}" if interruption.path is not None else ""
         click.echo(f"{interruption}{hint}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
 

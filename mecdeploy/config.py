@@ -45,14 +45,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
 def resolve(settings: Mapping[str, Any], *, source: str = "") -> TrainConfig:
     """Settings as a validated TrainConfig; what nobody set has its default.
 
-    A run shorter than the default final phase gets a final phase as long as itself, unless the settings name one.
+    A short run gets a short final phase, unless the settings name one: at most half of its epochs, rounded up.
     source: the file to blame in messages, if any.
     Raises UserError for an unknown key (did you mean) or a value of the wrong type, TrainingError for one out of range.
     """
     schedule = settings.get("schedule", {})
     if isinstance(schedule, Mapping) and "frozen_epochs" not in schedule and type(schedule.get("epochs")) is int:
         default = TrainConfig().schedule.frozen_epochs
-        settings = merge(settings, {"schedule": {"frozen_epochs": max(0, min(default, schedule["epochs"]))}})
+        settings = merge(settings, {"schedule": {"frozen_epochs": max(0, min(default, (schedule["epochs"] + 1) // 2))}})
     config: TrainConfig = _build(TrainConfig, settings, (), f"{source}: " if source else "")
     return config
 

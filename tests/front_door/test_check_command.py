@@ -115,3 +115,13 @@ def test_reference_is_the_model_it_wraps(run: Path) -> None:
     integers = reference.integers(pixels)
     np.testing.assert_array_equal(integers["logits"], expected)
     assert integers["conv1"].dtype == np.uint8
+
+
+def test_validation_images_need_not_fit_in_memory() -> None:
+    from mecdeploy import DataConfig, api
+    from mecdeploy.training.data import load_dataset
+
+    source = load_dataset(DataConfig(name="digits"), seed=0).validation
+    stacked = api._on_disk(source)
+    assert isinstance(stacked, np.memmap)
+    np.testing.assert_array_equal(stacked, next(iter(source.batches(len(source)))).images[0].numpy())

@@ -101,7 +101,7 @@ def test_a_whole_number_stands_for_a_float() -> None:
     assert beta == 1.0 and type(beta) is float
 
 
-@pytest.mark.parametrize(("epochs", "frozen"), [(0, 0), (1, 1), (2, 2), (50, 3)])
+@pytest.mark.parametrize(("epochs", "frozen"), [(0, 0), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (50, 3)])
 def test_a_short_run_gets_a_short_final_phase(epochs: int, frozen: int) -> None:
     assert resolve({"schedule": {"epochs": epochs}}).schedule.frozen_epochs == frozen
 
