@@ -156,7 +156,7 @@ def _load(folder: run_folder.RunFolder) -> LoadedRun:
 
 
 def _on_disk(source: ImageSource) -> NDArray[np.uint8]:
-    """All images of a source, uint8 [n, C, H, W], in a file that vanishes with the array: they may not fit in memory."""
+    """All images of a source, uint8 [n, C, H, W], in a file that goes with the array: they may not fit in memory."""
     import tempfile
 
     import numpy as np

@@ -96,7 +96,7 @@ class RunFolder:
 def require_run(path: Path) -> RunFolder:
     """The folder of an existing run. Raises UserError if there is none."""
     if not (path / CONFIG).is_file():
-        what = "has no run.toml, so it is no run folder" if path.is_dir() else "does not exist"
+        what = "has no run.toml, so it is no run folder" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; give the folder that `mecdeploy train --out` wrote.")
     return RunFolder(path)
 

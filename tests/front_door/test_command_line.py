@@ -123,3 +123,17 @@ def test_an_interrupt_outside_training(monkeypatch: pytest.MonkeyPatch, call: Ca
     monkeypatch.setattr(api, "export", interrupted)
     outcome = call("export", "run")
     assert (outcome.code, outcome.err.strip()) == (130, "Interrupted.")
+
+
+def test_an_interrupted_demo_promises_no_folder(monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path) -> None:
+    from mecdeploy import demo
+    from mecdeploy.training.events import TrainingInterrupted
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise TrainingInterrupted(tmp_path / "checkpoint-fp32-0001.safetensors", stage="fp32", epoch=1, step=0)
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    outcome = call("demo")
+    assert (outcome.code, outcome.err.strip()) == (130, "Interrupted.")
+    outcome = call("demo", "--out", tmp_path / "run")
+    assert outcome.code == 130 and f"mecdeploy train --resume --out {tmp_path / 'run'}" in outcome.err
