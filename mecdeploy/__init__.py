@@ -6,7 +6,7 @@ The public API, loaded on first use so that `import mecdeploy` costs nothing:
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
     predict(model, images)          onnxruntime alone
-    prepare(model, config, spec)    quantise a network of your own
+    prepare(model, config, spec)    quantise a network of your own; then calibrate, your training loop, export, check
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ if not (Path(__file__).parent / "training").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mecdeploy.api import ExportReport, check, export, train
     from mecdeploy.config import read_config
     from mecdeploy.prediction import Prediction, predict
+    from mecdeploy.training.calibration import calibrate
     from mecdeploy.training.config import (
         DataConfig,
         MecConfig,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
         ScheduleConfig,
         TrainConfig,
     )
+    from mecdeploy.training.model import QuantizedModel
     from mecdeploy.training.preparation import prepare
     from mecdeploy.training.units import InputSpec
 
@@ -50,6 +54,8 @@ _HOMES = {
         "ScheduleConfig",
         "TrainConfig",
     ),
+    "mecdeploy.training.calibration": ("calibrate",),
+    "mecdeploy.training.model": ("QuantizedModel",),
     "mecdeploy.training.preparation": ("prepare",),
     "mecdeploy.training.units": ("InputSpec",),
 }
@@ -63,9 +69,11 @@ __all__ = [
     "ModelConfig",
     "Prediction",
     "QuantConfig",
+    "QuantizedModel",
     "ScheduleConfig",
     "TrainConfig",
     "__version__",
+    "calibrate",
     "check",
     "export",
     "predict",
@@ -80,16 +88,17 @@ class _ExportRoom(ModuleType):
 
     def __call__(
         self,
-        run: str | Path,
+        run: str | Path | QuantizedModel,
         *,
         out: str | Path | None = None,
         bits: int | None = None,
         target: str = "onnxruntime",
         input: str = "uint8",
+        class_names: Sequence[str] | None = None,
     ) -> ExportReport:
         from mecdeploy.api import export
 
-        return export(run, out=out, bits=bits, target=target, input=input)
+        return export(run, out=out, bits=bits, target=target, input=input, class_names=class_names)
 
 
 class _FrontDoor(ModuleType):

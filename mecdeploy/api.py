@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mecdeploy import __version__, run_folder
 from mecdeploy.errors import UserError
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.events import EpochEvent, Event, StageEvent
+
+_DIGEST = "mecdeploy.checkpoint_sha256"
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mecdeploy.runtime_checks import ParityReport
     from mecdeploy.training.data import ImageSource
     from mecdeploy.training.loop import TrainResult
+    from mecdeploy.training.model import QuantizedModel
     from mecdeploy.training.run import LoadedRun
 
 
@@ -76,70 +79,77 @@ def train(
 
 
 def export(
-    run: str | Path,
+    run: str | Path | QuantizedModel,
     *,
     out: str | Path | None = None,
     bits: int | None = None,
     target: str = "onnxruntime",
     input: str = "uint8",
+    class_names: Sequence[str] | None = None,
 ) -> ExportReport:
-    """Write a finished run as one ONNX file with packed weights; by default RUN/model.onnx, replacing an older one.
+    """Write a trained network as one ONNX file with packed weights, replacing an older file.
 
+    run: the folder of a finished run, or a network of your own from `prepare`.
+    out: by default RUN/model.onnx; a network of your own has no default.
     bits: width at which low-bit weights are packed; None packs each at the width it was trained at.
     target: onnxruntime (1.24 or newer) or portable (onnxruntime from 1.18, OpenVINO). input: uint8 or float.
+    class_names: of a network of your own; a run has its own.
     Raises UserError for a folder that is no run, TrainingError for a run that has not finished QAT, ExportError for
     what cannot be exported, OSError for a place that cannot be written.
     """
-    folder = run_folder.require_run(Path(run))
+    folder = _run_folder(run)
+    if folder is None and out is None:
+        raise UserError("a network of your own has no run folder; give out=, the file to write.")
     from mecdeploy.export import ExportConfig, export_model, lower
 
     config = ExportConfig(bits=bits, target=target, input=input)
-    loaded = _load(folder)
-    metadata = {
-        "mecdeploy.class_names": json.dumps(list(loaded.class_names), ensure_ascii=False),
-        "mecdeploy.checkpoint_sha256": loaded.sha256,
-    }
-    content = export_model(lower(loaded.model), config, metadata)
-    path = Path(out) if out is not None else folder.path / run_folder.MODEL
+    network, metadata = cast("QuantizedModel", run), {}
+    if folder is not None:
+        loaded = _load(folder)
+        network, class_names = loaded.model, loaded.class_names
+        metadata[_DIGEST] = loaded.sha256
+    if class_names is not None:
+        metadata["mecdeploy.class_names"] = json.dumps(list(class_names), ensure_ascii=False)
+    content = export_model(lower(network), config, metadata)
+    path = Path(out) if out is not None else cast(run_folder.RunFolder, folder).path / run_folder.MODEL
     run_folder.write_atomically(path, content)
     return _describe(path, content, config.target, config.input)
 
 
 def check(
-    run: str | Path,
+    run: str | Path | QuantizedModel,
     model: str | Path | None = None,
     *,
+    images: NDArray[np.uint8] | None = None,
+    labels: NDArray[np.int64] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ParityReport:
-    """Compare an exported file, by default RUN/model.onnx, with the run it came from; write RUN/parity.json.
+    """Compare an exported file with the network it came from.
 
+    run: the folder of a finished run, whose validation images are used and into which parity.json is written; or a
+    network of your own from `prepare`. model: by default RUN/model.onnx.
+    images: uint8 [n, C, H, W], labels: [n], both for a network of your own only.
     progress: called with (what, done, total). Raises UserError for a folder that is no run, TrainingError for one that
     has not finished QAT, CheckError for a file that is not ours or cannot be read. A file that computes something else
     is no error: the report's `passed` is False and its `failures` say why.
     """
-    folder = run_folder.require_run(Path(run))
+    folder = _run_folder(run)
+    if folder is None:
+        if model is None or images is None or labels is None:
+            raise UserError("a network of your own has no run folder; give the model file, images= and labels=.")
+        return _compare(Path(model), cast("QuantizedModel", run), images, labels, progress)
+    if images is not None or labels is not None:
+        raise UserError("a run is checked on its own validation images; leave out images= and labels=.")
     path = Path(model) if model is not None else folder.path / run_folder.MODEL
     if not path.is_file():
         raise UserError(f"{path}: no such model file; write it with `mecdeploy export {folder.path}`.")
-    import torch
-
-    from mecdeploy.reference import TorchReference
-    from mecdeploy.runtime_checks import check_model
     from mecdeploy.training.data import load_dataset
 
     loaded = _load(folder)
     config = folder.read_config()
     validation = load_dataset(config.data, seed=config.seed).validation
-    images = _on_disk(validation)
-    report = check_model(
-        path,
-        images,
-        validation.labels.numpy(),
-        TorchReference(loaded.model),
-        progress=progress,
-        extra_versions={"mecdeploy": __version__, "torch": torch.__version__},
-    )
-    if not report.passed and _digest(path) != loaded.sha256:
+    report = _compare(path, loaded.model, _on_disk(validation), validation.labels.numpy(), progress)
+    if not report.passed and _metadata(path.read_bytes()).get(_DIGEST) != loaded.sha256:
         reason = (
             f"{path} was exported from another checkpoint than {loaded.checkpoint.name}; export {folder.path} again."
         )
@@ -147,6 +157,27 @@ def check(
     content = json.dumps(report.to_json(), indent=2) + "\n"
     run_folder.write_atomically(folder.path / run_folder.PARITY, content.encode())
     return report
+
+
+def _compare(
+    path: Path,
+    network: QuantizedModel,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    progress: Callable[[str, int, int], None] | None,
+) -> ParityReport:
+    import torch
+
+    from mecdeploy.reference import TorchReference
+    from mecdeploy.runtime_checks import check_model
+
+    versions = {"mecdeploy": __version__, "torch": torch.__version__}
+    return check_model(path, images, labels, TorchReference(network), progress=progress, extra_versions=versions)
+
+
+def _run_folder(run: str | Path | QuantizedModel) -> run_folder.RunFolder | None:
+    """The run's folder, refused if it is none; None for a network."""
+    return run_folder.require_run(Path(run)) if isinstance(run, str | Path) else None
 
 
 def _load(folder: run_folder.RunFolder) -> LoadedRun:
@@ -202,8 +233,3 @@ def _metadata(content: bytes) -> dict[str, str]:
     import onnx
 
     return {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
-
-
-def _digest(model: Path) -> str | None:
-    """The digest of the checkpoint that a model file says it was exported from."""
-    return _metadata(model.read_bytes()).get("mecdeploy.checkpoint_sha256")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,10 @@ from mecdeploy.training.model import QuantizedModel
 
 
 class TorchReference:
-    """A quantised model on the CPU in evaluation mode, as runtime_checks asks its witnesses to look."""
+    """A copy of a quantised model on the CPU in evaluation mode, as runtime_checks asks its witnesses to look."""
 
     def __init__(self, model: QuantizedModel) -> None:
-        self._model = model.cpu().eval()
+        self._model = copy.deepcopy(model).cpu().eval()
 
     def integers(self, pixels: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         """Stored uint8 codes of every unit output, and the float32 logits, for uint8 images [n, C, H, W]."""

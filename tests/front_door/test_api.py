@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import mecdeploy
+from mecdeploy.errors import UserError
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -61,6 +63,55 @@ def test_the_verbs_are_documented() -> None:
     for verb in (mecdeploy.train, mecdeploy.check, mecdeploy.predict, mecdeploy.prepare):
         assert inspect.getdoc(verb)
     assert inspect.signature(mecdeploy.export).parameters.keys() >= {"run", "bits", "target"}
+
+
+def test_a_network_and_a_loop_of_ones_own(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    spec = mecdeploy.InputSpec.from_statistics(channels=3, height=9, width=7, mean=120.0, std=60.0)
+    model = mecdeploy.prepare(network, mecdeploy.QuantConfig(weight_bits=2, act_bits=2, first_last_bits=2), spec)
+    pixels = torch.randint(0, 256, (8, 3, 9, 7), dtype=torch.uint8)
+    labels = torch.tensor([0, 1] * 4)
+    mecdeploy.calibrate(model, [pixels])
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01)
+    nn.functional.cross_entropy(model(pixels), labels).backward()
+    optimizer.step()
+
+    exported = mecdeploy.export(model, out=tmp_path / "own.onnx", class_names=["ant", "bee"])
+    assert set(exported.weight_bits.values()) == {2}
+    images = pixels.numpy()
+    report = mecdeploy.check(model, exported.path, images=images, labels=labels.numpy())
+    assert report.passed and report.integers_compared > 0
+    assert model.training, "neither call changes the network"
+    Image.fromarray(images[0].transpose(1, 2, 0)).save(tmp_path / "insect.png")
+    (prediction,) = mecdeploy.predict(exported.path, [tmp_path / "insect.png"])
+    expected = torch.softmax(model.eval()(pixels[:1]).double(), 1)[0].detach().numpy()
+    # The logits are the same float32; only softmax is worked out twice, in float64.
+    np.testing.assert_allclose(prediction.probabilities, expected, rtol=1e-12)
+    assert prediction.class_names == ("ant", "bee")
+
+    with pytest.raises(UserError, match="give out="):
+        mecdeploy.export(model)
+    with pytest.raises(UserError, match="give the model file, images= and labels="):
+        mecdeploy.check(model, exported.path)
+
+
+def test_a_run_brings_its_own_images(run: Path) -> None:
+    import numpy as np
+
+    with pytest.raises(UserError, match="leave out images= and labels="):
+        mecdeploy.check(run, images=np.zeros((1, 1, 8, 8), np.uint8), labels=np.zeros(1, np.int64))
 
 
 def test_reports_reach_the_caller(tmp_path: Path) -> None:
