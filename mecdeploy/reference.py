@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,13 @@ from mecdeploy.training.model import QuantizedModel
 
 
 class TorchReference:
-    """A copy of a quantised model on the CPU in evaluation mode, as runtime_checks asks its witnesses to look."""
+    """A quantised model on the CPU in evaluation mode, as runtime_checks asks its witnesses to look.
+
+    The model's own mode is put back after every call.
+    """
 
     def __init__(self, model: QuantizedModel) -> None:
-        self._model = copy.deepcopy(model).cpu().eval()
+        self._model = model
 
     def integers(self, pixels: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         """Stored uint8 codes of every unit output, and the float32 logits, for uint8 images [n, C, H, W]."""
@@ -26,5 +28,9 @@ class TorchReference:
     @torch.inference_mode()
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """float32 [n, classes] for uint8 images [n, C, H, W]."""
-        logits: NDArray[np.float32] = self._model(torch.from_numpy(np.ascontiguousarray(pixels))).numpy()
+        was_training = self._model.training
+        try:
+            logits: NDArray[np.float32] = self._model.eval()(torch.from_numpy(np.ascontiguousarray(pixels))).numpy()
+        finally:
+            self._model.train(was_training)
         return logits
