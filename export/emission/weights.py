@@ -20,8 +20,8 @@ from mecdeploy.export.packing import VALUES_PER_ROW, lookup_table, pack, pack_ro
 def emit_weight(builder: GraphBuilder, unit: str, weight: Weight) -> str:
     """Write `<unit>/weight`, int8 of the weight's own shape, and `<unit>/weight/real` from it; return the latter.
 
-    The zero points are explicit because onnxruntime makes no QGemm without them, and each unit's own because its rewrite
-    for CPUs without VNNI (session.x64quantprecision) refuses a model in which two 8-bit layers share them.
+    The zero points are explicit because onnxruntime makes no QGemm without them, and each unit's own because its
+    rewrite for CPUs without VNNI (session.x64quantprecision) refuses a model in which two 8-bit layers share them.
     """
     codes = STORAGES[weight.storage](builder, f"{unit}/weight", weight)
     scale = builder.initializer(f"{unit}/weight/scale", weight.scale)
