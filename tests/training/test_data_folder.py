@@ -10,37 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_folders import fill, load, put
 from PIL import Image
 
-from mecdeploy.training.config import DataConfig
-from mecdeploy.training.data import ImageDataset, decode_image, load_dataset
+from mecdeploy.training.data import ImageDataset, decode_image
 from mecdeploy.training.data.folder import scan_folder
 from mecdeploy.training.data.image_folder import Shape, survey
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.data.stream import StreamSource
 from mecdeploy.training.errors import TrainingError
-
-
-def put(path: Path, size: tuple[int, int] = (10, 10), mode: str = "RGB", seed: int = 0) -> Path:
-    """Write a random image; size is (height, width)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = size if mode == "L" else (*size, 3)
-    # The path seeds the pixels too, so that no two images are alike.
-    rng = np.random.default_rng([seed, *path.as_posix().encode()])
-    Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
-    return path
-
-
-def fill(root: Path, counts: dict[str, int], **options: object) -> Path:
-    for name, count in counts.items():
-        for index in range(count):
-            put(root / name / f"{index:03}.png", **options)  # type: ignore[arg-type]
-    return root
-
-
-def load(root: Path, *, seed: int = 0, **options: object) -> ImageDataset:
-    return load_dataset(DataConfig(name=f"imagefolder:{root}", workers=0, **options), seed=seed)  # type: ignore[arg-type]
-
 
 # What is found
 

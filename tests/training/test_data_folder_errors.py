@@ -6,36 +6,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+from image_folders import fill, load, put
 from PIL import Image
 
 from mecdeploy.training.config import DataConfig
-from mecdeploy.training.data import ImageDataset, load_dataset
+from mecdeploy.training.data import load_dataset
 from mecdeploy.training.errors import TrainingError
 
 LAYOUT = "PATH/train/<class>/* with PATH/val/<class>/*, or PATH/<class>/*"
-
-
-def put(path: Path, size: tuple[int, int] = (10, 10), mode: str = "RGB", seed: int = 0) -> Path:
-    """Write a random image; size is (height, width)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = size if mode == "L" else (*size, 3)
-    # The path seeds the pixels too, so that no two images are alike.
-    rng = np.random.default_rng([seed, *path.as_posix().encode()])
-    Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
-    return path
-
-
-def fill(root: Path, counts: dict[str, int], **options: object) -> Path:
-    for name, count in counts.items():
-        for index in range(count):
-            put(root / name / f"{index:03}.png", **options)  # type: ignore[arg-type]
-    return root
-
-
-def load(root: Path, *, seed: int = 0, **options: object) -> ImageDataset:
-    return load_dataset(DataConfig(name=f"imagefolder:{root}", workers=0, **options), seed=seed)  # type: ignore[arg-type]
 
 
 def refusal(root: Path, **options: object) -> str:
