@@ -9,7 +9,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import build_tiny, tensors_in, tiny_config, tiny_dataset
+from tiny_run import tensors_in, tiny_config
 
 from mecdeploy.training.checkpoint import (
     Position,
@@ -20,23 +20,14 @@ from mecdeploy.training.checkpoint import (
     write_checkpoint,
 )
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.loop import train
 from mecdeploy.training.run import load_run
 
-
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    monkeypatch.setattr("mecdeploy.training.state.build_model", build_tiny)
-    monkeypatch.setattr("mecdeploy.training.run.build_model", build_tiny)
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mecdeploy.training.state.build_model", build_tiny)
-        out = tmp_path_factory.mktemp("finished") / "run"
-        train(tiny_config(), tiny_dataset(), out)
-    return out
+def finished(uninterrupted):
+    return uninterrupted
 
 
 def awkward_tensors():

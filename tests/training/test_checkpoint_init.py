@@ -13,10 +13,7 @@ from mecdeploy.training.events import StageEvent
 from mecdeploy.training.initial import load_initial_weights
 from mecdeploy.training.loop import train
 
-
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    monkeypatch.setattr("mecdeploy.training.state.build_model", build_tiny)
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 def fresh(seed=0):

@@ -30,10 +30,7 @@ from mecdeploy.training.run import load_run
 EPOCHS = {"fp32": FP_EPOCHS, "qat": QAT_EPOCHS, "deploy": DEPLOY_EPOCHS}
 
 
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    monkeypatch.setattr("mecdeploy.training.state.build_model", build_tiny)
-    monkeypatch.setattr("mecdeploy.training.run.build_model", build_tiny)
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 def test_reports_every_stage_epoch_and_step_in_order(tmp_path):

@@ -17,10 +17,7 @@ from mecdeploy.training.loop import train
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.units import InputSpec
 
-
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    monkeypatch.setattr("mecdeploy.training.state.build_model", build_tiny)
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 def test_a_rate_far_too_high_stops_full_precision(tmp_path):

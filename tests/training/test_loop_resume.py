@@ -9,8 +9,7 @@ import threading
 import pytest
 from tiny_run import (
     STEPS,
-    assert_same_tensors,
-    build_tiny,
+    assert_same_run,
     interrupt_at,
     is_stage,
     is_step,
@@ -25,29 +24,7 @@ from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import EpochEvent, StageEvent, StepEvent, TrainingInterrupted, WarningEvent
 from mecdeploy.training.loop import train
 
-FINAL = "checkpoint-final.safetensors"
-LAST = "checkpoint-deploy-0002.safetensors"  # the same position, with the optimiser's momentum
-
-
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    monkeypatch.setattr("mecdeploy.training.state.build_model", build_tiny)
-    monkeypatch.setattr("mecdeploy.training.run.build_model", build_tiny)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The default run, never stopped."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mecdeploy.training.state.build_model", build_tiny)
-        out = tmp_path_factory.mktemp("whole") / "run"
-        train(tiny_config(), tiny_dataset(), out)
-    return out
-
-
-def assert_same_run(out, reference):
-    assert_same_tensors(out / FINAL, reference / FINAL)
-    assert_same_tensors(out / LAST, reference / LAST)
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 def comparable(events):

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 from tiny_run import (
-    assert_same_tensors,
-    build_tiny,
+    FINAL,
+    assert_same_run,
     interrupt_at,
     is_step,
     tiny_config,
@@ -19,29 +19,7 @@ from mecdeploy.training.events import EpochEvent, TrainingInterrupted, WarningEv
 from mecdeploy.training.loop import train
 from mecdeploy.training.run import load_run
 
-FINAL = "checkpoint-final.safetensors"
-LAST = "checkpoint-deploy-0002.safetensors"  # the same position, with the optimiser's momentum
-
-
-@pytest.fixture(autouse=True)
-def tiny_models(monkeypatch):
-    monkeypatch.setattr("mecdeploy.training.state.build_model", build_tiny)
-    monkeypatch.setattr("mecdeploy.training.run.build_model", build_tiny)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The default run, never stopped."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mecdeploy.training.state.build_model", build_tiny)
-        out = tmp_path_factory.mktemp("whole") / "run"
-        train(tiny_config(), tiny_dataset(), out)
-    return out
-
-
-def assert_same_run(out, reference):
-    assert_same_tensors(out / FINAL, reference / FINAL)
-    assert_same_tensors(out / LAST, reference / LAST)
+pytestmark = pytest.mark.usefixtures("tiny_models")
 
 
 def stopped_at(out, *where):

@@ -15,6 +15,8 @@ from mecdeploy.training.data import Batch, ImageDataset
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.events import Event, StageEvent, StepEvent
 
+FINAL = "checkpoint-final.safetensors"
+LAST = "checkpoint-deploy-0002.safetensors"  # the same position, with the optimiser's momentum
 STEPS = 3  # 45 images in batches of 13, the remainder of 6 dropped
 FP_EPOCHS, QAT_EPOCHS, DEPLOY_EPOCHS = 2, 2, 2
 
@@ -127,6 +129,12 @@ def assert_same_tensors(left: Path, right: Path) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert different == []
+
+
+def assert_same_run(out: Path, reference: Path) -> None:
+    """Both end at the same bits, momentum included."""
+    for name in (FINAL, LAST):
+        assert_same_tensors(out / name, reference / name)
 
 
 class SlowSource(MemorySource):
