@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mecdeploy import __version__, run_folder
+from mecdeploy.config import require_same_run
 from mecdeploy.errors import UserError
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.events import EpochEvent, Event, StageEvent
@@ -63,6 +64,8 @@ def train(
     path = Path(out)
     opened = run_folder.reopen(path) if resume else run_folder.create(path, config)
     with opened as folder:
+        if resume:
+            require_same_run(config, folder.read_config(), str(path))
         from mecdeploy.training.data import load_dataset
         from mecdeploy.training.device import choose_device
         from mecdeploy.training.loop import train as run_stages

@@ -69,6 +69,19 @@ def to_toml(config: TrainConfig) -> str:
     return tomli_w.dumps(config.describe())
 
 
+_MAY_CHANGE = ("device", "init", "data.root", "data.download", "data.workers")
+
+
+def require_same_run(config: TrainConfig, started: TrainConfig, run: str) -> None:
+    """Refuse to go on with a run under settings that it was not started with; where it runs and reads may change."""
+    then = dict(_flatten(started.describe()))
+    for key, value in _flatten(config.describe()):
+        if key not in _MAY_CHANGE and value != then.get(key):
+            raise UserError(
+                f"{key} is {value}, but {run} was started with {then.get(key)}. Drop it, or start another run."
+            )
+
+
 def run_name(config: TrainConfig) -> str:
     """A folder name for a run, such as digits-resnet8-mec-w4a4-seed0."""
     kind, _, path = config.data.name.partition(":")

@@ -131,6 +131,14 @@ def test_an_existing_run_is_not_overwritten(call: Call, run: Path) -> None:
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_a_finished_run_is_not_resumed_under_other_settings(call: Call, run: Path) -> None:
+    before = sorted(os.listdir(run))
+    error = call("train", "--resume", "--out", run, "--weight-bits", 2).error
+    assert f"quant.weight_bits is 2, but {run} was started with 4. Drop it, or start another run." in error
+    assert call("train", "--resume", "--out", run, "--device", "auto").code == 0, "it may move to another device"
+    assert sorted(os.listdir(run)) == before
+
+
 def test_resume_needs_a_run_and_nothing_else(call: Call, run: Path) -> None:
     assert "leave out --config" in call("train", "--resume", "--out", run, "--config", "x.toml").error
     assert "has no run.toml" in call("train", "--resume", "--out", run.parent).error
