@@ -10,7 +10,7 @@ from torch import Tensor
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.quantizers import SMALLEST_STEP, ActivationQuantizer
-from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.units import DropoutUnit, WeightedUnit
 
 CANDIDATES = 64
 
@@ -65,6 +65,9 @@ def _observe(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     norms = [u.batch_norm for u in model.units().values() if isinstance(u, WeightedUnit) and u.batch_norm is not None]
     momenta = [norm.momentum for norm in norms]
     model.train()
+    for unit in model.units().values():
+        if isinstance(unit, DropoutUnit):
+            unit.eval()  # a range is that of whole activations
     try:
         for norm in norms:
             norm.momentum = 0.0

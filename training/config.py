@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from mecdeploy.training.errors import TrainingError
@@ -101,8 +100,9 @@ class QuantConfig:
                         f"quant.overrides.{pattern!r} has the key {key!r}; use weight_bits or act_bits."
                     )
                 _require_choice(f"quant.overrides.{pattern!r}.{key}", bits, BIT_WIDTHS)
-        frozen = {pattern: MappingProxyType(dict(widths)) for pattern, widths in self.overrides.items()}
-        object.__setattr__(self, "overrides", MappingProxyType(frozen))
+        # A copy, and plain dicts: a read-only view could be neither pickled nor deep-copied, as a model is with it.
+        own = {pattern: dict(widths) for pattern, widths in self.overrides.items()}
+        object.__setattr__(self, "overrides", own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,18 @@ def test_calibration_leaves_the_running_statistics_and_the_mode() -> None:
         assert model.training == training
 
 
+def test_calibration_sees_whole_activations_not_dropped_ones() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    with_dropout = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2))
+    without = nn.Sequential(*layers[:2], nn.Identity(), *layers[3:], *with_dropout[6:])
+    steps = []
+    for network in (with_dropout, without):
+        model = prepare(network, QuantConfig(), SPEC)
+        calibrate(model, [images(6)])
+        steps.append(activation_steps(model))
+    assert steps[0] == steps[1]
+
+
 def activation_steps(model: QuantizedModel) -> list[float]:
     return [module.step.item() for module in model.modules() if isinstance(module, ActivationQuantizer)]
 

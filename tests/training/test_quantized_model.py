@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import kernel_witness as witness
 import numpy as np
@@ -172,6 +174,21 @@ def test_state_dict_round_trip_is_bit_identical() -> None:
     expected, loaded = ours.integers(pixels), theirs.integers(pixels)
     assert any(not np.array_equal(before[name], expected[name]) for name in expected)
     assert all(np.array_equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_the_same_and_lives_alone(copied: Callable[[QuantizedModel], QuantizedModel]) -> None:
+    config = QuantConfig(overrides={"hidden": {"weight_bits": 2, "act_bits": 2}})
+    model, pixels = prepare(tiny_residual(), config, SPEC), images(3)
+    calibrate(model, [images(4, seed=1)])
+    model.freeze()
+    twin = copied(model)
+    expected = model.integers(pixels)
+    assert all(np.array_equal(codes, expected[name]) for name, codes in twin.integers(pixels).items())
+    assert twin.unit("hidden").frozen
+    with torch.no_grad():
+        twin.step_sizes()[0].mul_(2)
+    assert all(np.array_equal(codes, expected[name]) for name, codes in model.integers(pixels).items())
 
 
 def test_step_sizes_are_all_of_them() -> None:
