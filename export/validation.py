@@ -27,6 +27,7 @@ from mecdeploy.export.graph import (
 from mecdeploy.export.shapes import output_shape
 
 NodeT = TypeVar("NodeT", bound=Node)
+MEAN_MULTIPLIERS = (2.0**-32, 256.0)
 TRAINED_BITS = (2, 3, 4, 8)
 STORAGE_BITS = {"": (0, 2, 3, 4, 8), "int8": (8,), "int4": (4,), "int2": (2,), "table": (2, 3, 4)}
 """Weight storage -> the packed widths it can hold."""
@@ -192,8 +193,22 @@ def _check_unchanged(node: MaxPool | Flatten, graph: IntegerGraph) -> None:
         _refuse(node, f"moves codes from {node.input} to {node.output}; their quantizations must be equal")
 
 
-def _check_nothing_more(node: Add | GlobalAveragePool, graph: IntegerGraph) -> None:
-    """Adds and means have no rule beyond wiring and shape."""
+def _check_nothing_more(node: Add, graph: IntegerGraph) -> None:
+    """Adds have no rule beyond wiring and shape."""
+
+
+def _check_mean(node: GlobalAveragePool, graph: IntegerGraph) -> None:
+    """Onnxruntime's kernel refuses other multipliers, and only when it runs."""
+    read, written = graph.values[node.input], graph.values[node.output]
+    assert read.quantization is not None and written.quantization is not None  # wiring was checked before
+    positions = read.shape[1] * read.shape[2]
+    multiplier = read.quantization.scale / (written.quantization.scale * positions)
+    if not MEAN_MULTIPLIERS[0] <= multiplier < MEAN_MULTIPLIERS[1]:
+        _refuse(
+            node,
+            f"input scale / (output scale * {positions} positions) is {multiplier:.3g}; "
+            "onnxruntime takes 2^-32 to 256. The training diverged there: train again with a lower learning rate",
+        )
 
 
 RULES: dict[type[Any], Callable[[Any, IntegerGraph], None]] = {
@@ -201,7 +216,7 @@ RULES: dict[type[Any], Callable[[Any, IntegerGraph], None]] = {
     Gemm: _check_gemm,
     Add: _check_nothing_more,
     MaxPool: _check_unchanged,
-    GlobalAveragePool: _check_nothing_more,
+    GlobalAveragePool: _check_mean,
     Flatten: _check_unchanged,
 }
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,15 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[
     metadata = {_HEADER_KEY: text, _DIGEST_KEY: _content_digest(copies, text)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(
+            temporary.stat().st_mode
+        )  # what the user's umask gives; safetensors makes files of mode 0600
         try:
             save_file(copies, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path.name} could not be written: {error}") from error
+        temporary.chmod(mode)
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

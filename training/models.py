@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 
-import torchvision.models as zoo
 from torch import Tensor, nn
 
 from mecdeploy.training.config import ModelConfig
@@ -103,8 +101,15 @@ def _stem(channels: int, width: int, *, kernel: int, stride: int) -> nn.Conv2d:
     return conv
 
 
-def _torchvision_resnet(make: Callable[..., zoo.ResNet], classes: int, channels: int, small: bool) -> nn.Module:
-    model: nn.Module = make(weights=None, num_classes=classes)
+def _torchvision(name: str, classes: int, **options: object) -> nn.Module:
+    import torchvision.models as zoo  # takes a second to import, which the small networks need not pay
+
+    model: nn.Module = getattr(zoo, name)(weights=None, num_classes=classes, **options)
+    return model
+
+
+def _torchvision_resnet(name: str, classes: int, channels: int, small: bool) -> nn.Module:
+    model = _torchvision(name, classes)
     if small:
         model.conv1 = _stem(channels, 64, kernel=3, stride=1)
         model.maxpool = nn.Identity()
@@ -115,7 +120,7 @@ def _torchvision_resnet(make: Callable[..., zoo.ResNet], classes: int, channels:
 
 def _mobilenet_v2(classes: int, channels: int, small: bool) -> nn.Module:
     stages = _MOBILENET_SMALL_STAGES if small else None
-    model: nn.Module = zoo.mobilenet_v2(weights=None, num_classes=classes, inverted_residual_setting=stages)
+    model = _torchvision("mobilenet_v2", classes, inverted_residual_setting=stages)
     if small or channels != 3:
         first = model.get_submodule("features.0")
         first.register_module("0", _stem(channels, 32, kernel=3, stride=1 if small else 2))
@@ -123,11 +128,7 @@ def _mobilenet_v2(classes: int, channels: int, small: bool) -> nn.Module:
 
 
 _SMALL_DEPTHS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56)}
-_TORCHVISION_RESNETS: dict[str, Callable[..., zoo.ResNet]] = {
-    "resnet18": zoo.resnet18,
-    "resnet34": zoo.resnet34,
-    "resnet50": zoo.resnet50,
-}
+_TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50")
 
 
 def available_models() -> tuple[str, ...]:
@@ -158,5 +159,5 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int, height:
     if config.name in _SMALL_DEPTHS:
         return SmallResNet(_SMALL_DEPTHS[config.name], num_classes=num_classes, channels=channels)
     if config.name in _TORCHVISION_RESNETS:
-        return _torchvision_resnet(_TORCHVISION_RESNETS[config.name], num_classes, channels, small)
+        return _torchvision_resnet(config.name, num_classes, channels, small)
     return _mobilenet_v2(num_classes, channels, small)

@@ -80,6 +80,10 @@ def with_element(position: int, element: float) -> Callable[[np.ndarray], np.nda
 
 WIDE = np.zeros(8, np.int64)
 DAMAGES: dict[str, tuple[Damage, str]] = {
+    "mean out of reach": (
+        value("pool", scale=float(np.float32(1e-9))),
+        "onnxruntime takes 2^-32 to 256. The training diverged there",
+    ),
     "no nodes": (lambda graph: replace(graph, nodes=()), "residual-w4a4: the graph has no nodes"),
     "output unknown": (drop_value("logits"), "logits is an end of the graph but not among its values"),
     "output never written": (

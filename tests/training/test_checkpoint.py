@@ -221,3 +221,13 @@ def test_load_run_refuses_tensors_that_do_not_fit(tmp_path, finished):
     write_checkpoint(tmp_path / "checkpoint-final.safetensors", tensors, checkpoint.header)
     with pytest.raises(TrainingError, match="does not fit this version's resnet8"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_checkpoint_has_the_mode_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_checkpoint(tmp_path / "some.safetensors", {"a": torch.zeros(2)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "some.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
