@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_recording import recording, seeded
 from torch import Tensor
 
 from mecdeploy.training.coding import (
@@ -17,24 +18,6 @@ from mecdeploy.training.coding import (
 from mecdeploy.training.config import MecConfig
 from mecdeploy.training.mec import choose_rows, mec_objective, routing_energy, sample_index
 from mecdeploy.training.recording import Recording
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def recording(seed: int = 0, samples: int = 24) -> Recording:
-    """What a small network with two units leaves behind, as leaves of the graph."""
-    generator = seeded(seed)
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).relu().requires_grad_()
-
-    return Recording(
-        features=leaf(samples, 12),
-        activations={"conv": leaf(samples, 6, 5, 4), "fc": leaf(samples, 10)},
-        weights={"conv": leaf(6, 27), "fc": leaf(10, 12)},
-    )
 
 
 def features_of(recorded: Recording) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_recording import recording, seeded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,24 +12,6 @@ from mecdeploy.training.config import MecConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.mec import mec_objective
 from mecdeploy.training.recording import Recording
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def recording(seed: int = 0, samples: int = 24) -> Recording:
-    """What a small network with two units leaves behind, as leaves of the graph."""
-    generator = seeded(seed)
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).relu().requires_grad_()
-
-    return Recording(
-        features=leaf(samples, 12),
-        activations={"conv": leaf(samples, 6, 5, 4), "fc": leaf(samples, 10)},
-        weights={"conv": leaf(6, 27), "fc": leaf(10, 12)},
-    )
 
 
 @pytest.mark.parametrize("kind", ["features", "activations", "weights"])
