@@ -1,8 +1,9 @@
 """The IntegerGraph: a trained network as integer kernels, before anything is said about ONNX.
 
-Every node is one kernel at run time. Every Value but the logits is a tensor of uint8 codes with one Quantization, and
-real = (code - zero_point) * scale. A ReLU is no node: a zero_point of 0 saturates at it. Nothing here can be changed
-in place; a pass builds a new graph with `dataclasses.replace`. The rules a graph obeys are in validation.py.
+Every node is one kernel at run time, a FloatIsland excepted. A Value is a tensor of uint8 codes with one Quantization,
+real = (code - zero_point) * scale, or float32: what a FloatIsland or a Gemm before one makes, and the logits. A ReLU is
+no node: codes held at zero_point saturate at it. Nothing here can be changed in place; a pass builds a new graph with
+`dataclasses.replace`. The rules a graph obeys are in validation.py.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import GraphProto
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How uint8 codes stand for reals: real = (code - zero_point) * scale, code in 0..qmax.
+    """How uint8 codes stand for reals: real = (code - zero_point) * scale, code in qmin..qmax.
 
     scale: real units per integer step, a float32 value, > 0.
-    zero_point: the code of real 0, in 0..qmax; 0 after a ReLU, 2^(bits-1) for signed values.
+    zero_point: the code of real 0, in 0..qmax; 0 after a ReLU, 2^(bits-1) for signed values, or a learned one.
     qmax: 2^bits - 1. Codes are stored as uint8 at every width; below 255 an integer Clip holds them.
+    qmin: 0, or zero_point where a ReLU's output shares the scale of signed values; an integer Clip holds it.
     """
 
     scale: float
     zero_point: int
     qmax: int
+    qmin: int = 0
 
     @property
     def bits(self) -> int:
@@ -37,7 +41,7 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A tensor between nodes. shape: without the batch dimension. quantization: None for float32 (the logits)."""
+    """A tensor between nodes. shape: without the leading dimension, the batch's. quantization: None for float32."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,7 +87,10 @@ class Conv:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gemm:
-    """Fully connected layer, y = x W^T + b. Its output may be float32: then it is the logits. bias: int32 [O]."""
+    """Fully connected layer over the last axis, y = x W^T + b: (..., I) -> (..., O). bias: int32 [O].
+
+    Its output may be float32: the logits, or what a FloatIsland reads.
+    """
 
     name: str
     input: str
@@ -136,7 +143,132 @@ class Flatten:
     output: str
 
 
-Node: TypeAlias = Conv | Gemm | Add | MaxPool | GlobalAveragePool | Flatten
+@dataclass(frozen=True, kw_only=True)
+class Elementwise:
+    """One real function of each position, requantised: (inputs) -> output, shapes broadcast to the output's.
+
+    kind: mul (two inputs), sigmoid, hard_sigmoid (clip(x / 6 + 1 / 2, 0, 1)), leaky_relu (max(x, alpha * x)).
+    emission/elementwise.py has one function for each.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    output: str
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragePool:
+    """Mean over windows, requantised to the output's own Quantization.
+
+    kernel, stride: (height, width). padding: (top, left, bottom, right), filled with real 0.
+    count_include_pad: whether padded places count in the divisor.
+    """
+
+    name: str
+    input: str
+    output: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    count_include_pad: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concat:
+    """Codes of several values side by side along `axis` (the batch is axis 0): all have one scale and zero point."""
+
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    axis: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshape:
+    """The codes in the output's shape: the output has the input's Quantization."""
+
+    name: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transpose:
+    """The codes with axes in another order, the batch staying first: permutation[0] is 0."""
+
+    name: str
+    input: str
+    output: str
+    permutation: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Every `step`-th code from start up to stop along `axis` (the batch is axis 0, and is never cut)."""
+
+    name: str
+    input: str
+    output: str
+    axis: int
+    start: int
+    stop: int
+    step: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FloatIsland:
+    """Operators without an integer kernel, as a piece of ONNX in float32.
+
+    graph: its inputs stand for `inputs` and its outputs for `outputs`, in order. An input declared FLOAT receives the
+    value's reals, one declared UINT8 the codes themselves (the pixels, for the batch size). Outputs are float values.
+    operators: what it computes, by the names PyTorch has for them; reason: why in float.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    graph: GraphProto
+    operators: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """A float value as codes: clamp(rint(x / scale) + zero_point)."""
+
+    name: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dequantize:
+    """Codes as a float value: only for the logits of a network that does not end in a Gemm."""
+
+    name: str
+    input: str
+    output: str
+
+
+Node: TypeAlias = (
+    Conv
+    | Gemm
+    | Add
+    | Elementwise
+    | MaxPool
+    | AveragePool
+    | GlobalAveragePool
+    | Flatten
+    | Reshape
+    | Transpose
+    | Slice
+    | Concat
+    | FloatIsland
+    | Quantize
+    | Dequantize
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,9 +287,9 @@ class IntegerGraph:
 
 def inputs_of(node: Node) -> tuple[str, ...]:
     """Names of the values a node reads, in order."""
-    return node.inputs if isinstance(node, Add) else (node.input,)
+    return node.inputs if isinstance(node, Add | Elementwise | Concat | FloatIsland) else (node.input,)
 
 
 def outputs_of(node: Node) -> tuple[str, ...]:
     """Names of the values a node writes, in order."""
-    return node.outputs if isinstance(node, Add) else (node.output,)
+    return node.outputs if isinstance(node, Add | FloatIsland) else (node.output,)
