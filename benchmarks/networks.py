@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mecdeploy.export import ExportConfig, IntegerGraph, export_model, lower
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import ModelConfig, QuantConfig
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.units import InputSpec
 
 SIDE = 224  # pixels
 CLASSES = 1000

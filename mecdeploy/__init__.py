@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         ScheduleConfig,
         TrainConfig,
     )
+    from mecdeploy.training.input_spec import InputSpec
     from mecdeploy.training.model import QuantizedModel
     from mecdeploy.training.preparation import prepare
-    from mecdeploy.training.units import InputSpec
 
 _HOMES = {
     "mecdeploy.api": ("ExportReport", "check", "train"),
@@ -57,7 +57,7 @@ _HOMES = {
     "mecdeploy.training.calibration": ("calibrate",),
     "mecdeploy.training.model": ("QuantizedModel",),
     "mecdeploy.training.preparation": ("prepare",),
-    "mecdeploy.training.units": ("InputSpec",),
+    "mecdeploy.training.input_spec": ("InputSpec",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -31,12 +31,12 @@ from mecdeploy.training.errors import TrainingError
 if TYPE_CHECKING:
     from mecdeploy.training.calibration import calibrate
     from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.input_spec import InputSpec
     from mecdeploy.training.loop import train
     from mecdeploy.training.model import QuantizedModel
     from mecdeploy.training.models import available_models, build_model
     from mecdeploy.training.preparation import prepare
     from mecdeploy.training.run import load_run
-    from mecdeploy.training.units import InputSpec
 
 __all__ = [
     "DataConfig",

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mecdeploy.training.config import CODED_TENSORS, QuantConfig
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.patterns import PIXELS
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
 from mecdeploy.training.recording import Recording
-from mecdeploy.training.units import DropoutUnit, InputSpec, Unit, WeightedUnit
+from mecdeploy.training.units import DropoutUnit, Unit, WeightedUnit
 
 LOGITS = "logits"
 

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import LOGITS, QuantizedModel, Step
 from mecdeploy.training.patterns import PIXELS, Plan, Plans, plan_units
 from mecdeploy.training.quantizers import ActivationQuantizer
@@ -17,7 +18,6 @@ from mecdeploy.training.units import (
     FlattenUnit,
     Geometry,
     GlobalAveragePoolUnit,
-    InputSpec,
     MaxPoolUnit,
     Unit,
     WeightedUnit,

@@ -19,11 +19,11 @@ from mecdeploy.training.config import (
     TrainConfig,
 )
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.retention import CheckpointFolder
-from mecdeploy.training.units import InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)

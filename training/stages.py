@@ -15,10 +15,10 @@ from mecdeploy.training.config import MecConfig, TrainConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import channels_last
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.mec import mec_objective
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.recording import Recording
-from mecdeploy.training.units import InputSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import place
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.initial import load_initial_weights
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.optimizers import build_optimizer, momentum_tensors, restore_momentum
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task, feature_extractor
-from mecdeploy.training.units import InputSpec
 
 # Where a run computes and finds its files may change between sessions; what it computes may not.
 _MAY_CHANGE = ("device", "init", "data.root", "data.download", "data.workers")

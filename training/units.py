@@ -26,33 +26,6 @@ class Geometry:
     groups: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputSpec:
-    """The raw uint8 input: real = (pixel - pixel_zero_point) * pixel_scale is its normalisation."""
-
-    channels: int
-    height: int
-    width: int
-    pixel_scale: float
-    pixel_zero_point: int
-
-    @classmethod
-    def from_statistics(cls, *, channels: int, height: int, width: int, mean: float, std: float) -> InputSpec:
-        """Normalise by a data set's scalar mean and standard deviation, in pixel units 0..255; the mean is rounded."""
-        scale = float(torch.tensor(1.0 / max(std, 1.0), dtype=torch.float32))
-        zero_point = min(255, max(0, round(mean)))
-        return cls(channels=channels, height=height, width=width, pixel_scale=scale, pixel_zero_point=zero_point)
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] to the float32 input of the full-precision network."""
-        return (pixels.float() - self.pixel_zero_point) * self.pixel_scale
-
-    def quantized(self, pixels: Tensor) -> QTensor:
-        """The same input as codes and a scale."""
-        scale = torch.tensor(self.pixel_scale, dtype=torch.float32, device=pixels.device)
-        return QTensor(pixels.float() - self.pixel_zero_point, scale, self.pixel_zero_point, 255)
-
-
 class Unit(nn.Module):
     """What every unit has: its output quantisers (none where codes pass through or logits leave) and their names.
 

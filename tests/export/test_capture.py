@@ -22,10 +22,11 @@ from mecdeploy.export.graph import outputs_of as written_by
 from mecdeploy.export.validation import validate_graph
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import QTensor
-from mecdeploy.training.units import InputSpec, Unit, WeightedUnit
+from mecdeploy.training.units import Unit, WeightedUnit
 
 SPEC = InputSpec.from_statistics(channels=3, height=12, width=10, mean=120.7, std=64.1)
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.units import InputSpec
 
 STEPS, BATCH = 12, 64
 

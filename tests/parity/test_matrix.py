@@ -17,8 +17,8 @@ from mecdeploy.export import ExportConfig, export_model, lower
 from mecdeploy.reference import TorchReference
 from mecdeploy.runtime_checks import ParityReport, check_model
 from mecdeploy.training.data import load_dataset
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.run import load_run
-from mecdeploy.training.units import InputSpec
 
 MATRIX = list(product((2, 3, 4, 8), (2, 4, 8)))
 # Each width meets both targets and both inputs somewhere in its row.

@@ -13,9 +13,9 @@ from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.diagnose import first_non_finite
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import StepEvent
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.loop import train
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.units import InputSpec
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 

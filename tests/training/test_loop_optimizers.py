@@ -9,6 +9,7 @@ from torch import nn
 
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig, ScheduleConfig
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.optimizers import (
     build_optimizer,
     learning_rate,
@@ -17,7 +18,6 @@ from mecdeploy.training.optimizers import (
     set_learning_rate,
 )
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.units import InputSpec
 
 SCHEDULE = ScheduleConfig(momentum=0.5, weight_decay=0.25)
 

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from mecdeploy.training.config import ModelConfig, QuantConfig
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
-from mecdeploy.training.units import InputSpec, MaxPoolUnit, WeightedUnit
+from mecdeploy.training.units import MaxPoolUnit, WeightedUnit
 
 Row = tuple[str, tuple[str, ...], dict[str, tuple[int, bool]], int | None]
 """Unit, what it reads, its outputs as name -> (bits, signed), bits of its weights."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
 from mecdeploy.training.units import (
     AddUnit,
@@ -18,7 +19,6 @@ from mecdeploy.training.units import (
     FlattenUnit,
     Geometry,
     GlobalAveragePoolUnit,
-    InputSpec,
     MaxPoolUnit,
     WeightedUnit,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mecdeploy.training.units import InputSpec
+from mecdeploy.training.input_spec import InputSpec
 
 SPEC = InputSpec.from_statistics(channels=3, height=8, width=8, mean=120.7, std=64.1)
 
