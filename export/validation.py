@@ -1,36 +1,30 @@
-"""The rules an IntegerGraph obeys. Checked where a graph enters the compiler and after every pass."""
+"""The rules an IntegerGraph obeys as a whole. Checked where a graph enters the compiler and after every pass.
+
+rules.py has what each node type demands beyond its wiring; weight_rules.py what Conv and Gemm demand.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from mecdeploy.export.errors import ExportError
 from mecdeploy.export.graph import (
-    Add,
-    Conv,
-    Flatten,
+    Dequantize,
+    FloatIsland,
     Gemm,
-    GlobalAveragePool,
     IntegerGraph,
-    MaxPool,
     Node,
     Quantization,
+    Quantize,
     Value,
-    Weight,
     inputs_of,
     outputs_of,
 )
+from mecdeploy.export.refusal import refuse
+from mecdeploy.export.rules import RULES
 from mecdeploy.export.shapes import output_shape
-
-NodeT = TypeVar("NodeT", bound=Node)
-MEAN_MULTIPLIERS = (2.0**-32, 256.0)
-TRAINED_BITS = (2, 3, 4, 8)
-STORAGE_BITS = {"": (0, 2, 3, 4, 8), "int8": (8,), "int4": (4,), "int2": (2,), "table": (2, 3, 4)}
-"""Weight storage -> the packed widths it can hold."""
 
 
 def validate_graph(graph: IntegerGraph) -> None:
@@ -38,14 +32,15 @@ def validate_graph(graph: IntegerGraph) -> None:
     _check_ends(graph)
     for key, value in graph.values.items():
         _check_value(key, value)
-    written = {graph.input}
+    written: dict[str, Node | None] = {graph.input: None}
     names: set[str] = set()
     for node in graph.nodes:
         if node.name in names:
-            _refuse(node, "the name is used by two nodes; rename one")
+            refuse(node, "the name is used by two nodes; rename one")
         names.add(node.name)
-        _check_wiring(node, graph, written)
-        written.update(outputs_of(node))
+        _check_inputs(node, graph, written)
+        _check_outputs(node, graph, written)
+        written.update(dict.fromkeys(outputs_of(node), node))
         RULES[type(node)](node, graph)
     if graph.output not in written:
         raise ExportError(f"{graph.name}: no node writes the graph's output {graph.output}.")
@@ -86,140 +81,42 @@ def _check_quantization(name: str, quantization: Quantization) -> None:
         raise ExportError(f"value {name}: qmax is {qmax}; it must be 2^bits - 1, for 1 to 8 bits.")
     if not 0 <= zero_point <= qmax:
         raise ExportError(f"value {name}: zero_point is {zero_point}, outside its codes 0..{qmax}.")
+    if quantization.qmin not in (0, zero_point):
+        raise ExportError(f"value {name}: qmin is {quantization.qmin}; 0 or, after a ReLU, the zero_point is due.")
 
 
-def _check_wiring(node: Node, graph: IntegerGraph, written: set[str]) -> None:
-    """Every input is written before it is read, every output is written once, and shapes agree."""
+def _check_inputs(node: Node, graph: IntegerGraph, written: dict[str, Node | None]) -> None:
+    """Every input is written before it is read; only islands, and Quantize behind them, read floats."""
     for name in (*inputs_of(node), *outputs_of(node)):
         if name not in graph.values:
-            _refuse(node, f"uses {name}, which is not among the graph's values")
+            refuse(node, f"uses {name}, which is not among the graph's values")
     for name in inputs_of(node):
         if name not in written:
-            _refuse(node, f"reads {name} before any node writes it")
-        if graph.values[name].quantization is None:
-            _refuse(node, f"reads {name}, which is float; only the graph's output may be")
+            refuse(node, f"reads {name} before any node writes it")
+        is_float = graph.values[name].quantization is None
+        if is_float and not isinstance(node, FloatIsland | Quantize):
+            refuse(node, f"reads {name}, which is float; only a FloatIsland and a Quantize may")
+        if isinstance(node, Quantize) and not is_float:
+            refuse(node, f"quantizes {name}, which is quantized already; onnxruntime would merge the two into others")
+        if isinstance(node, Quantize) and isinstance(written[name], Gemm):
+            refuse(node, f"quantizes {name}, which a Gemm writes; let the Gemm write codes: it rounds only once then")
+
+
+def _check_outputs(node: Node, graph: IntegerGraph, written: dict[str, Node | None]) -> None:
+    """Every output is written once, in its shape, and as codes unless the node may write floats."""
     if not outputs_of(node):
-        _refuse(node, "has no output")
+        refuse(node, "has no output")
     for position, name in enumerate(outputs_of(node)):
         if name in written or name in outputs_of(node)[:position]:
-            _refuse(node, f"writes {name}, which is written already")
-        value = graph.values[name]
-        if value.quantization is None and not (name == graph.output and isinstance(node, Gemm)):
-            _refuse(node, f"writes {name} without a quantization; onnxruntime would run it in float")
-    if isinstance(node, Add):
-        left, right = (graph.values[name].shape for name in node.inputs)
-        if left != right:
-            _refuse(node, f"adds {node.inputs[0]} {left} and {node.inputs[1]} {right}; the shapes must be equal")
-    expected = output_shape(node, graph.values[inputs_of(node)[0]].shape)
+            refuse(node, f"writes {name}, which is written already")
+        is_float = graph.values[name].quantization is None
+        if is_float and not isinstance(node, Gemm | FloatIsland | Dequantize):
+            refuse(node, f"writes {name} without a quantization; onnxruntime would run it in float")
+        if not is_float and isinstance(node, FloatIsland | Dequantize):
+            refuse(node, f"writes {name} with a quantization; its output is float, and a Quantize makes codes of it")
+        if isinstance(node, Dequantize) and name != graph.output:
+            refuse(node, f"writes {name}; it is for the graph's output {graph.output} alone")
+    expected = output_shape(node, [graph.values[name].shape for name in inputs_of(node)])
     for name in outputs_of(node):
-        if graph.values[name].shape != expected:
-            _refuse(node, f"writes {name} of shape {graph.values[name].shape}; its inputs make {expected}")
-
-
-def _check_conv(node: Conv, graph: IntegerGraph) -> None:
-    channels = graph.values[node.input].shape[0]
-    out_channels, per_group = node.weight.codes.shape[:2]
-    if node.groups < 1 or channels != per_group * node.groups or out_channels % node.groups:
-        _refuse(
-            node,
-            f"reads {node.input} with {channels} channels in {node.groups} groups; "
-            f"its weight {node.weight.codes.shape} does not fit",
-        )
-    _check_weight(node, graph)
-
-
-def _check_gemm(node: Gemm, graph: IntegerGraph) -> None:
-    _check_weight(node, graph)
-
-
-def _check_weight(node: Conv | Gemm, graph: IntegerGraph) -> None:
-    weight, out_channels = node.weight, node.weight.codes.shape[0]
-    if weight.codes.dtype != np.int8:
-        _refuse(node, f"has {weight.codes.dtype} weight codes; they must be int8")
-    if weight.bits not in TRAINED_BITS:
-        _refuse(node, f"has {weight.bits}-bit weights; packed export needs 2, 3, 4 or 8")
-    low, high = -(1 << (weight.bits - 1)), (1 << (weight.bits - 1)) - 1
-    smallest, largest = int(weight.codes.min()), int(weight.codes.max())
-    if smallest < low or largest > high:
-        _refuse(node, f"has weight codes {smallest}..{largest}; {weight.bits} bits hold {low}..{high}")
-    _check_storage(node, weight)
-    if weight.scale.dtype != np.float32 or weight.scale.shape != (out_channels,):
-        _refuse(node, f"has weight scales {weight.scale.dtype} {weight.scale.shape}; float32 ({out_channels},) is due")
-    if node.bias.dtype != np.int32 or node.bias.shape != (out_channels,):
-        _refuse(node, f"has a bias {node.bias.dtype} {node.bias.shape}; int32 ({out_channels},) is due")
-    _check_scales(node, graph)
-    _check_accumulator(node, graph)
-
-
-def _check_storage(node: Conv | Gemm, weight: Weight) -> None:
-    if weight.storage not in STORAGE_BITS:
-        _refuse(node, f"stores its weight as {weight.storage!r}; one of int8, int4, int2, table is due")
-    if weight.packed_bits not in STORAGE_BITS[weight.storage]:
-        _refuse(node, f"packs its weight at {weight.packed_bits} bits, which {weight.storage or 'no'} storage holds")
-    if 0 < weight.packed_bits < weight.bits:
-        _refuse(node, f"packs {weight.bits}-bit weights at {weight.packed_bits} bits, which would change them")
-
-
-def _check_scales(node: Conv | Gemm, graph: IntegerGraph) -> None:
-    """The product of input and weight scale is the bias's scale: it must not vanish in float32."""
-    quantization = graph.values[node.input].quantization
-    assert quantization is not None  # _check_wiring refused a float input
-    with np.errstate(all="ignore"):
-        product = np.float32(quantization.scale) * node.weight.scale
-    for what, scales in (("weight scale", node.weight.scale), ("input scale times weight scale", product)):
-        bad = ~(np.isfinite(scales) & (scales >= np.finfo(np.float32).tiny))
-        if bad.any():
-            channel = int(bad.argmax())
-            _refuse(
-                node,
-                f"output channel {channel} has {what} {scales[channel]}; "
-                "it must be finite, positive and a normal float32",
-            )
-
-
-def _check_accumulator(node: Conv | Gemm, graph: IntegerGraph) -> None:
-    """No input can overflow the int32 accumulator."""
-    quantization = graph.values[node.input].quantization
-    assert quantization is not None  # _check_wiring refused a float input
-    farthest = max(quantization.zero_point, quantization.qmax - quantization.zero_point)
-    absolute = np.abs(node.weight.codes.reshape(node.bias.size, -1), dtype=np.int16)
-    sums = absolute.sum(axis=1, dtype=np.int64) * farthest + np.abs(node.bias.astype(np.int64))
-    if int(sums.max()) > np.iinfo(np.int32).max:
-        _refuse(node, f"output channel {int(sums.argmax())} can reach {int(sums.max())}, beyond an int32 accumulator")
-
-
-def _check_unchanged(node: MaxPool | Flatten, graph: IntegerGraph) -> None:
-    if graph.values[node.input].quantization != graph.values[node.output].quantization:
-        _refuse(node, f"moves codes from {node.input} to {node.output}; their quantizations must be equal")
-
-
-def _check_nothing_more(node: Add, graph: IntegerGraph) -> None:
-    """Adds have no rule beyond wiring and shape."""
-
-
-def _check_mean(node: GlobalAveragePool, graph: IntegerGraph) -> None:
-    """Onnxruntime's kernel refuses other multipliers, and only when it runs."""
-    read, written = graph.values[node.input], graph.values[node.output]
-    assert read.quantization is not None and written.quantization is not None  # wiring was checked before
-    positions = read.shape[1] * read.shape[2]
-    multiplier = read.quantization.scale / (written.quantization.scale * positions)
-    if not MEAN_MULTIPLIERS[0] <= multiplier < MEAN_MULTIPLIERS[1]:
-        _refuse(
-            node,
-            f"input scale / (output scale * {positions} positions) is {multiplier:.3g}; "
-            "onnxruntime takes 2^-32 to 256. The training diverged there: train again with a lower learning rate",
-        )
-
-
-RULES: dict[type[Any], Callable[[Any, IntegerGraph], None]] = {
-    Conv: _check_conv,
-    Gemm: _check_gemm,
-    Add: _check_nothing_more,
-    MaxPool: _check_unchanged,
-    GlobalAveragePool: _check_mean,
-    Flatten: _check_unchanged,
-}
-
-
-def _refuse(node: Node, problem: str) -> NoReturn:
-    raise ExportError(f"{type(node).__name__} {node.name}: {problem}.")
+        if expected is not None and graph.values[name].shape != expected:
+            refuse(node, f"writes {name} of shape {graph.values[name].shape}; its inputs make {expected}")

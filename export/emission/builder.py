@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from mecdeploy.export.errors import ExportError
 from mecdeploy.export.graph import IntegerGraph, Quantization
@@ -26,6 +27,7 @@ class GraphBuilder:
         self._names: set[str] = set()
         self._shared: set[str] = set()
         self._dequantized: set[str] = set()
+        self._constants: dict[tuple[int, tuple[int, ...], bytes], str] = {}
 
     def input(self, name: str, element: int, shape: Sequence[int]) -> str:
         """Declare a graph input, batch dimension first."""
@@ -61,41 +63,67 @@ class GraphBuilder:
             self.initializer(name, array)
         return name
 
-    def quantize(self, real: str, name: str) -> str:
-        """Write value `name`: real -> uint8 codes, held at qmax by an integer Clip where that is below 255.
+    def constant(self, tensor: TensorProto, name: str) -> str:
+        """Store a tensor of a FloatIsland; equal ones are stored once, under the first one's name. Returns the name."""
+        array = numpy_helper.to_array(tensor)
+        key = (tensor.data_type, array.shape, hashlib.sha256(array.tobytes()).digest())
+        if key not in self._constants:
+            copied = self._proto.initializer.add()
+            copied.CopyFrom(tensor)
+            copied.name = self._claim(name)
+            self._constants[key] = name
+        return self._constants[key]
 
-        A float Clip before QuantizeLinear would keep the kernel in float.
+    def splice(self, node: NodeProto) -> None:
+        """Append a finished node, whose tensors have their names already."""
+        for output in filter(None, node.output):
+            self._claim(output)
+        self._proto.node.append(node)
+
+    def quantize(self, real: str, codes: str, *, like: str = "") -> str:
+        """Write `codes`: real -> uint8 codes, held at qmin and qmax by an integer Clip where uint8 does not hold them.
+
+        like: the value whose quantization it is; by default the one named like the codes. A float Clip before
+        QuantizeLinear would keep the kernel in float.
         """
-        quantization = self._quantization(name)
-        scale, zero_point = self._parameters(name, quantization)
-        if quantization.qmax == 255:
-            return self.node("QuantizeLinear", [real, scale, zero_point], name)
-        unclipped = self.node("QuantizeLinear", [real, scale, zero_point], f"{name}/unclipped")
-        qmax = self.shared(f"qmax/{quantization.qmax}", np.array(quantization.qmax, np.uint8))
-        return self.node("Clip", [unclipped, "", qmax], name)
+        value = like or codes
+        quantization, parameters = self.quantization(value), self._parameters(value)
+        qmin, qmax = quantization.qmin, quantization.qmax
+        if (qmin, qmax) == (0, 255):
+            return self.node("QuantizeLinear", [real, *parameters], codes)
+        unclipped = self.node("QuantizeLinear", [real, *parameters], f"{codes}/unclipped")
+        lowest = self.shared(f"qmin/{qmin}", np.array(qmin, np.uint8)) if qmin > 0 else ""
+        highest = self.shared(f"qmax/{qmax}", np.array(qmax, np.uint8)) if qmax < 255 else ""
+        return self.node("Clip", [unclipped, lowest, highest] if highest else [unclipped, lowest], codes)
 
-    def dequantize(self, name: str) -> str:
-        """Return value `name` as reals; the first consumer writes the node, the others share it."""
-        real = f"{name}/real"
-        if name not in self._dequantized:
-            self._dequantized.add(name)
-            self.node("DequantizeLinear", [name, *self._parameters(name, self._quantization(name))], real)
+    def dequantize(self, codes: str, *, like: str = "", real: str = "") -> str:
+        """Return codes as reals; the first consumer writes the node, the others share it.
+
+        like: the value whose quantization it is; by default the one named like the codes. real: the output's name; by
+        default `<codes>/real`.
+        """
+        real = real or f"{codes}/real"
+        if real not in self._dequantized:
+            self._dequantized.add(real)
+            self.node("DequantizeLinear", [codes, *self._parameters(like or codes)], real)
         return real
+
+    def quantization(self, value: str) -> Quantization:
+        """How a value is quantised; only where validate_graph lets no float value be."""
+        quantization = self.values[value].quantization
+        assert quantization is not None
+        return quantization
 
     def proto(self) -> GraphProto:
         """Return the finished graph."""
         return self._proto
 
-    def _parameters(self, name: str, quantization: Quantization) -> tuple[str, str]:
+    def _parameters(self, value: str) -> tuple[str, str]:
+        quantization = self.quantization(value)
         return (
-            self.shared(f"{name}/scale", np.array(quantization.scale, np.float32)),
-            self.shared(f"{name}/zero_point", np.array(quantization.zero_point, np.uint8)),
+            self.shared(f"{value}/scale", np.array(quantization.scale, np.float32)),
+            self.shared(f"{value}/zero_point", np.array(quantization.zero_point, np.uint8)),
         )
-
-    def _quantization(self, name: str) -> Quantization:
-        quantization = self.values[name].quantization
-        assert quantization is not None  # validate_graph lets only the output be float
-        return quantization
 
     def _declare(self, name: str, element: int, shape: Sequence[int]) -> ValueInfoProto:
         return helper.make_tensor_value_info(name, element, [BATCH, *shape])

@@ -13,7 +13,7 @@ from mecdeploy import __version__
 from mecdeploy.export.config import ExportConfig
 from mecdeploy.export.emission.builder import FLOAT, UINT8, GraphBuilder
 from mecdeploy.export.emission.operators import EMITTERS
-from mecdeploy.export.graph import Conv, Gemm, IntegerGraph, outputs_of
+from mecdeploy.export.graph import Conv, FloatIsland, Gemm, IntegerGraph, Quantize, outputs_of
 
 FORMAT = "1"
 """Version of what the metadata and the tensor names promise."""
@@ -65,17 +65,39 @@ def _emit_graph(graph: IntegerGraph, config: ExportConfig) -> GraphProto:
 def _describe(graph: IntegerGraph, config: ExportConfig) -> dict[str, str]:
     """The metadata that the graph and the config determine."""
     weights = {node.name: node.weight for node in graph.nodes if isinstance(node, Conv | Gemm)}
-    outputs = [graph.values[name] for node in graph.nodes for name in outputs_of(node)]
-    bits = {value.name: value.quantization.bits for value in outputs if value.quantization is not None}
+    units = _units(graph)
+    quantizations = {name: graph.values[name].quantization for name in units}
     described: dict[str, Any] = {
         "weight_bits": {name: weight.packed_bits for name, weight in weights.items()},
         "trained_bits": {name: weight.bits for name, weight in weights.items()},
-        "activation_bits": bits,
-        "units": list(bits),
+        "activation_bits": {name: one.bits for name, one in quantizations.items() if one is not None},
+        "units": units,
         "input": _describe_input(graph, config),
+        **_describe_islands(graph),
     }
     props = {f"mecdeploy.{key}": json.dumps(value) for key, value in described.items()}
     return {"mecdeploy.format": FORMAT, "mecdeploy.target": config.target, **props}
+
+
+def _units(graph: IntegerGraph) -> list[str]:
+    """The values that kernels write, in execution order: all codes, and the floats of Gemms before FloatIslands."""
+    return [
+        name
+        for node in graph.nodes
+        for name in outputs_of(node)
+        if name != graph.output and (isinstance(node, Gemm) or graph.values[name].quantization is not None)
+    ]
+
+
+def _describe_islands(graph: IntegerGraph) -> dict[str, object]:
+    """What a file with FloatIslands says of them; nothing for a file without."""
+    islands = [node for node in graph.nodes if isinstance(node, FloatIsland)]
+    if not islands:
+        return {}
+    return {
+        "float_values": [node.output for node in graph.nodes if isinstance(node, Quantize)],
+        "islands": {node.name: {"operators": list(node.operators), "reason": node.reason} for node in islands},
+    }
 
 
 def _describe_input(graph: IntegerGraph, config: ExportConfig) -> dict[str, object]:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
+from onnx import GraphProto
 
 from mecdeploy.export.graph import (
     Add,
+    AveragePool,
+    Concat,
     Conv,
+    Dequantize,
+    Elementwise,
     Flatten,
+    FloatIsland,
     Gemm,
     GlobalAveragePool,
     IntegerGraph,
     MaxPool,
     Node,
     Quantization,
+    Quantize,
+    Reshape,
+    Slice,
+    Transpose,
     Value,
     Weight,
+    inputs_of,
+    outputs_of,
 )
 from mecdeploy.export.shapes import output_shape
 
@@ -59,15 +74,17 @@ class Maker:
             name=name, input=source, output=name, weight=weight, bias=bias, stride=_pair(stride),
             padding=_sides(padding), dilation=_pair(dilation), groups=groups,
         )  # fmt: skip
-        return self._append(node, source, act_bits, signed, spread)
+        return self._append(node, act_bits, signed, spread)
 
     def gemm(
-        self, name: str, source: str, features: int, *, weight_bits: int, act_bits: int | None, signed: bool = False
-    ) -> str:
-        weight, bias, spread = self._weight(source, (features, self.values[source].shape[0]), weight_bits)
-        output = "logits" if act_bits is None else name
+        self, name: str, source: str, features: int, *,
+        weight_bits: int, act_bits: int | None, signed: bool = False, output: str | None = None,
+    ) -> str:  # fmt: skip
+        """act_bits None: a float output, the logits unless it has a name."""
+        weight, bias, spread = self._weight(source, (features, self.values[source].shape[-1]), weight_bits)
+        output = output or ("logits" if act_bits is None else name)
         node = Gemm(name=name, input=source, output=output, weight=weight, bias=bias)
-        return self._append(node, source, act_bits, signed, spread)
+        return self._append(node, act_bits, signed, spread)
 
     def add(self, name: str, left: str, right: str, **bits: tuple[int, bool]) -> list[str]:
         """bits: suffix -> (width, signed) of one output."""
@@ -86,18 +103,83 @@ class Maker:
             name=name, input=source, output=name, kernel=_pair(kernel), stride=_pair(stride),
             padding=_sides(padding), dilation=_pair(dilation), ceil_mode=ceil,
         )  # fmt: skip
-        self.nodes.append(node)
-        return self._value(name, output_shape(node, self.values[source].shape), self.values[source].quantization)
+        return self._move(node)
 
     def pool(self, name: str, source: str, act_bits: int) -> str:
         node = GlobalAveragePool(name=name, input=source, output=name)
-        signed = self._codes(source).zero_point > 0
-        return self._append(node, source, act_bits, signed, self._spread(source))
+        return self._append(node, act_bits, self._is_signed(source), self._spread(source))
+
+    def average_pool(
+        self, name: str, source: str, kernel: Pair, stride: Pair, act_bits: int, *,
+        padding: Sides = 0, count_include_pad: bool = True,
+    ) -> str:  # fmt: skip
+        node = AveragePool(
+            name=name, input=source, output=name, kernel=_pair(kernel), stride=_pair(stride),
+            padding=_sides(padding), count_include_pad=count_include_pad,
+        )  # fmt: skip
+        return self._append(node, act_bits, self._is_signed(source), self._spread(source))
+
+    def mul(self, name: str, left: str, right: str, act_bits: int) -> str:
+        node = Elementwise(name=name, kind="mul", inputs=(left, right), output=name)
+        signed = self._is_signed(left) or self._is_signed(right)
+        return self._append(node, act_bits, signed, self._spread(left) * self._spread(right))
+
+    def gate(self, name: str, kind: str, source: str, act_bits: int) -> str:
+        """A sigmoid or a hard sigmoid: codes from 0, that reach 1 or less."""
+        qmax = (1 << act_bits) - 1
+        scale = float(np.float32(self.rng.uniform(0.8, 1.0) / qmax))
+        node = Elementwise(name=name, kind=kind, inputs=(source,), output=name)
+        self.nodes.append(node)
+        return self._value(name, self._made(node), Quantization(scale=scale, zero_point=0, qmax=qmax))
+
+    def leaky_relu(self, name: str, source: str, alpha: float, act_bits: int) -> str:
+        node = Elementwise(name=name, kind="leaky_relu", inputs=(source,), output=name, alpha=alpha)
+        return self._append(node, act_bits, alpha != 0, self._spread(source))
 
     def flatten(self, name: str, source: str) -> str:
-        node = Flatten(name=name, input=source, output=name)
+        return self._move(Flatten(name=name, input=source, output=name))
+
+    def reshape(self, name: str, source: str, shape: tuple[int, ...]) -> str:
+        return self._move(Reshape(name=name, input=source, output=name), shape)
+
+    def transpose(self, name: str, source: str, *permutation: int) -> str:
+        return self._move(Transpose(name=name, input=source, output=name, permutation=permutation))
+
+    def slice(self, name: str, source: str, axis: int, start: int, stop: int, step: int = 1) -> str:
+        return self._move(Slice(name=name, input=source, output=name, axis=axis, start=start, stop=stop, step=step))
+
+    def concat(self, name: str, *sources: str, axis: int = 1) -> str:
+        """Join values that share scale and zero point; the output holds the codes of all."""
+        node = Concat(name=name, inputs=sources, output=name, axis=axis)
         self.nodes.append(node)
-        return self._value(name, output_shape(node, self.values[source].shape), self.values[source].quantization)
+        codes = [self.codes(source) for source in sources]
+        joined = replace(codes[0], qmin=min(one.qmin for one in codes), qmax=max(one.qmax for one in codes))
+        return self._value(name, self._made(node), joined)
+
+    def share(self, name: str, source: str, *, qmin: int | None = None) -> str:
+        """Give value `name` the quantization of `source`, as values of one Concat have it; qmin where a ReLU holds."""
+        shared = self.codes(source)
+        return self._value(name, self.values[name].shape, replace(shared, qmin=shared.qmin if qmin is None else qmin))
+
+    def island(self, name: str, sources: Sequence[str], graph: GraphProto, **shapes: tuple[int, ...]) -> list[str]:
+        """shapes: output -> its shape. The values are named `<island>.<output>`."""
+        outputs = tuple(f"{name}.{output}" for output in shapes)
+        node = FloatIsland(
+            name=name,
+            inputs=tuple(sources),
+            outputs=outputs,
+            graph=graph,
+            operators=("made by hand",),
+            reason="a test",
+        )
+        self.nodes.append(node)
+        return [self._value(output, shape, None) for output, shape in zip(outputs, shapes.values(), strict=True)]
+
+    def quantize(self, name: str, source: str, act_bits: int, spread: float = 1.0) -> str:
+        return self._append(Quantize(name=name, input=source, output=name), act_bits, True, spread)
+
+    def dequantize(self, source: str) -> str:
+        return self._append(Dequantize(name="dequantize", input=source, output="logits"), None, True, 1.0)
 
     def graph(self) -> IntegerGraph:
         return IntegerGraph(
@@ -111,29 +193,41 @@ class Maker:
         # reals stay around 1, so that both sides of a residual sum matter
         scale = (self.rng.uniform(0.5, 2.0, shape[0]) / (deviation * self._spread(source))).astype(np.float32)
         spread = deviation * float(scale.mean()) * self._spread(source)
-        steps = deviation * self._spread(source) / self._codes(source).scale
+        steps = deviation * self._spread(source) / self.codes(source).scale
         bias = self.rng.integers(-int(steps) // 2 - 1, int(steps) // 2 + 2, shape[0]).astype(np.int32)
         return Weight(codes=codes, bits=bits, scale=scale), bias, spread
 
-    def _append(self, node: Node, source: str, act_bits: int | None, signed: bool, spread: float) -> str:
-        assert not isinstance(node, Add)
+    def _append(self, node: Node, act_bits: int | None, signed: bool, spread: float) -> str:
+        (output,) = outputs_of(node)
         self.nodes.append(node)
         quantization = None if act_bits is None else self._fit(act_bits, signed, spread)
-        return self._value(node.output, output_shape(node, self.values[source].shape), quantization)
+        return self._value(output, self._made(node), quantization)
+
+    def _move(self, node: MaxPool | Flatten | Reshape | Transpose | Slice, shape: tuple[int, ...] | None = None) -> str:
+        self.nodes.append(node)
+        return self._value(node.output, shape or self._made(node), self.values[node.input].quantization)
+
+    def _made(self, node: Node) -> tuple[int, ...]:
+        shape = output_shape(node, [self.values[name].shape for name in inputs_of(node)])
+        assert shape is not None
+        return shape
 
     def _fit(self, bits: int, signed: bool, spread: float) -> Quantization:
         qmax = (1 << bits) - 1
         zero_point = 1 << (bits - 1) if signed else 0
         return self.quantization(qmax, zero_point, (4.0 if signed else 2.0) * spread / qmax)
 
-    def _codes(self, name: str) -> Quantization:
+    def codes(self, name: str) -> Quantization:
         quantization = self.values[name].quantization
         assert quantization is not None
         return quantization
 
+    def _is_signed(self, name: str) -> bool:
+        return self.codes(name).zero_point > 0
+
     def _spread(self, name: str) -> float:
         """A typical magnitude of the value's reals."""
-        quantization = self._codes(name)
+        quantization = self.codes(name)
         return quantization.scale * quantization.qmax / 4
 
     def _value(self, name: str, shape: tuple[int, ...], quantization: Quantization | None) -> str:

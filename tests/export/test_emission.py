@@ -18,7 +18,7 @@ from mecdeploy.export import ExportConfig, ExportError, compile_graph, emit, exp
 from mecdeploy.export.emission.operators import EMITTERS
 from mecdeploy.export.emission.weights import STORAGES
 from mecdeploy.export.graph import Conv, Gemm, IntegerGraph, Node, outputs_of
-from mecdeploy.export.validation import STORAGE_BITS
+from mecdeploy.export.weight_rules import STORAGE_BITS
 
 BITS = (2, 3, 4, 8)
 TARGETS = ("onnxruntime", "portable")
