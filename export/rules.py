@@ -8,7 +8,7 @@ from typing import Any
 
 from onnx import TensorProto
 
-from mecdeploy.export.emission.elementwise import ELEMENTWISE
+from mecdeploy.export.emission.elementwise import ELEMENTWISE, LARGEST_SUM_RATIO, ratio_problem
 from mecdeploy.export.graph import (
     Add,
     AveragePool,
@@ -33,7 +33,7 @@ from mecdeploy.export.weight_rules import check_conv, check_gemm
 MEAN_MULTIPLIERS = (2.0**-32, 256.0)
 
 
-def _check_nothing_more(node: Add | Quantize | Dequantize, graph: IntegerGraph) -> None:
+def _check_nothing_more(node: Quantize | Dequantize, graph: IntegerGraph) -> None:
     """No rule beyond wiring and shape."""
 
 
@@ -67,6 +67,13 @@ def _check_concat(node: Concat, graph: IntegerGraph) -> None:
             )
 
 
+def _check_add(node: Add, graph: IntegerGraph) -> None:
+    widest = max(quantization_of(graph, name).scale for name in node.inputs)
+    for name in node.outputs:
+        if problem := ratio_problem(widest, quantization_of(graph, name), LARGEST_SUM_RATIO):
+            refuse(node, problem)
+
+
 def _check_elementwise(node: Elementwise, graph: IntegerGraph) -> None:
     kind = ELEMENTWISE.get(node.kind)
     if kind is None:
@@ -74,8 +81,7 @@ def _check_elementwise(node: Elementwise, graph: IntegerGraph) -> None:
     if len(node.inputs) != kind.inputs:
         refuse(node, f"reads {len(node.inputs)} values; {node.kind} takes {kind.inputs}")
     inputs = [quantization_of(graph, name) for name in node.inputs]
-    problem = kind.problem(inputs, quantization_of(graph, node.output))
-    if problem:
+    if problem := kind.problem(inputs, quantization_of(graph, node.output)):
         refuse(node, problem)
 
 
@@ -84,6 +90,9 @@ def _check_average_pool(node: AveragePool, graph: IntegerGraph) -> None:
     top, left, bottom, right = node.padding
     if max(top, bottom) >= node.kernel[0] or max(left, right) >= node.kernel[1]:
         refuse(node, f"pads by {node.padding} for windows of {node.kernel}; each side must be below the window's size")
+    read, written = quantization_of(graph, node.input), quantization_of(graph, node.output)
+    if problem := ratio_problem(read.scale, written, LARGEST_SUM_RATIO):
+        refuse(node, problem)
 
 
 def _check_mean(node: GlobalAveragePool, graph: IntegerGraph) -> None:
@@ -133,7 +142,7 @@ def _element_name(element: int) -> str:
 RULES: dict[type[Any], Callable[[Any, IntegerGraph], None]] = {
     Conv: check_conv,
     Gemm: check_gemm,
-    Add: _check_nothing_more,
+    Add: _check_add,
     Elementwise: _check_elementwise,
     MaxPool: _check_unchanged,
     AveragePool: _check_average_pool,

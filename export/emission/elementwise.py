@@ -15,6 +15,10 @@ from mecdeploy.export.emission.builder import GraphBuilder
 from mecdeploy.export.graph import Add, Elementwise, Quantization
 
 SMALLEST = np.finfo(np.float32).tiny
+LARGEST_SUM_RATIO = 2.0**22
+LARGEST_PRODUCT_RATIO = 2.0**15
+"""Input scales over the output's. Kernels convert to int32 before they saturate: two codes of 255 at 2^22, or their
+product at 2^15, stay below 2^31, beyond which the code is 0 in place of 255."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ def _mul_problem(inputs: Sequence[Quantization], output: Quantization) -> str:
     left, right = (np.float32(one.scale) for one in inputs)
     with np.errstate(all="ignore"):
         product = left * right
-    if np.isfinite(product) and product >= SMALLEST:
-        return ""
-    return f"the product of its input scales is {product}; it must be finite and a normal float32"
+    if not (np.isfinite(product) and product >= SMALLEST):
+        return f"the product of its input scales is {product}; it must be finite and a normal float32"
+    return ratio_problem(float(product), output, LARGEST_PRODUCT_RATIO)
 
 
 def _emit_sigmoid(builder: GraphBuilder, node: Elementwise) -> None:
@@ -94,7 +98,18 @@ def _hard_sigmoid_problem(inputs: Sequence[Quantization], output: Quantization) 
     if np.float32(output.scale) * np.float32(output.qmax) > 1:
         largest = output.scale * output.qmax
         return f"its output reaches {largest}, scale {output.scale} at code {output.qmax}; it must saturate at 1"
-    return ""
+    return ratio_problem(max(inputs[0].scale / 6, 0.5), output, LARGEST_SUM_RATIO)
+
+
+def ratio_problem(scale: float, output: Quantization, largest: float) -> str:
+    """What a kernel cannot take of an input scale over its output's; empty where it can."""
+    ratio = scale / output.scale
+    if ratio <= largest:
+        return ""
+    return (
+        f"input scale / output scale is {ratio:.3g}; onnxruntime's int32 holds up to {largest:.0f}. "
+        "The training diverged there: train again with a lower learning rate"
+    )
 
 
 def sixth(scale: float) -> np.float32:

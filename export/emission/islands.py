@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
+from mecdeploy.export.emission.barriers import BARRIER, needs_barrier
 from mecdeploy.export.emission.builder import GraphBuilder
 from mecdeploy.export.graph import Dequantize, FloatIsland, Quantize
 
@@ -24,7 +25,8 @@ def emit_float_island(builder: GraphBuilder, node: FloatIsland) -> None:
     written = {name for inner in node.graph.node for name in inner.output}
     copies = []
     for entry, value in zip(node.graph.output, node.outputs, strict=True):
-        if entry.name in written and entry.name not in names:
+        # a tensor has one name: an output that is an input, a constant or another output is copied too
+        if entry.name in written and entry.name not in names and not needs_barrier(node.graph, entry.name):
             names[entry.name] = value
         else:
             copies.append((entry.name, value))
@@ -35,8 +37,7 @@ def emit_float_island(builder: GraphBuilder, node: FloatIsland) -> None:
     for position, inner in enumerate(node.graph.node):
         builder.splice(_renamed(inner, f"{node.name}/{inner.name or position}", rename))
     for name, value in copies:
-        # an output that is an input, a constant or another output: a name has one tensor
-        builder.splice(helper.make_node("Identity", [rename(name)], [value], name=f"{node.name}/{value}"))
+        builder.splice(helper.make_node(BARRIER, [rename(name)], [value], name=f"{node.name}/{value}"))
 
 
 def emit_quantize(builder: GraphBuilder, node: Quantize) -> None:
