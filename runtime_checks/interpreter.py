@@ -1,58 +1,69 @@
 """An integer interpreter: from the ONNX file alone to every integer that onnxruntime's fused kernels compute.
 
 It matches DequantizeLinear -> op -> QuantizeLinear (-> Clip) in the file's order and computes each with the arithmetic
-of arithmetic.py. A node it has no arithmetic for is an error by name, never a guess.
+of arithmetic.py; the tables of products.py, pooling.py, elementwise.py and movement.py say how, by op type. A node it
+has no arithmetic for is an error by name, never a guess. Float islands it does not compute: the integers that are
+quantised from them are given to it, and everything from there on is its own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mecdeploy.runtime_checks import arithmetic, kernels
+from mecdeploy.runtime_checks import arithmetic
+from mecdeploy.runtime_checks.elementwise import ELEMENTWISE
 from mecdeploy.runtime_checks.errors import CheckError
-from mecdeploy.runtime_checks.model_file import ModelFile, ModelSource, read_model
-from mecdeploy.runtime_checks.patterns import Graph, Product, Quantized, attributes_of, fault
+from mecdeploy.runtime_checks.model_file import LOGITS, ModelFile, ModelSource, read_model
+from mecdeploy.runtime_checks.movement import MOVEMENT, movement
+from mecdeploy.runtime_checks.patterns import Graph, fault
+from mecdeploy.runtime_checks.pooling import POOLS
+from mecdeploy.runtime_checks.products import PRODUCTS, real_gemm
+from mecdeploy.runtime_checks.steps import Array, Step
 
-Array = NDArray[Any]
+_REQUANTIZING = {**PRODUCTS, **POOLS, **ELEMENTWISE}
+_THROUGH_REALS = ("MaxPool", "Flatten", "Reshape")
+"""Movement that may also stand between DequantizeLinear and QuantizeLinear, at one scale."""
 
-_FLOAT_OPS = ("Conv", "Gemm", "Add", "GlobalAveragePool", "AveragePool", "MaxPool", "Flatten", "Reshape")
-_INTEGER_OPS = ("Clip", "MaxPool", "Flatten", "Reshape")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One kernel: reads stored integers by tensor name, writes one tensor."""
-
-    output: str
-    inputs: tuple[str, ...]
-    compute: Callable[..., Array]
+_NOTHING: Mapping[str, Array] = MappingProxyType({})
 
 
 class Interpreter:
-    """A planned model; `run` may be called for any number of batches."""
+    """A planned model; `run` may be called for any number of batches.
+
+    computes_logits: False where a float island makes them.
+    """
 
     def __init__(self, file: ModelFile) -> None:
         """Match every node of the graph; CheckError names the first that no integer kernel covers."""
         self._file = file
-        self._graph = Graph(file.proto.graph)
+        self._graph = Graph(file.proto.graph, file.islands)
+        self._given = frozenset(file.float_values)
         self._integers = {file.input_name} if file.input_dtype == "uint8" else set()
         self._float_inputs = {file.input_name} - self._integers
+        self._reals: set[str] = set()
         self._steps = self._plan()
+        self.computes_logits = LOGITS in self._reals
 
-    def run(self, pixels: NDArray[np.uint8], *, outputs: Collection[str] | None = None) -> dict[str, Array]:
-        """Stored uint8 codes of every integer tensor, and the float32 logits, for raw pixels [n, C, H, W].
+    def run(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        outputs: Collection[str] | None = None,
+        given: Mapping[str, Array] = _NOTHING,
+    ) -> dict[str, Array]:
+        """Stored uint8 codes of every integer tensor, and the float32 outputs of Gemms, for raw pixels [n, C, H, W].
 
         outputs: tensors to return; the others are dropped as soon as nothing reads them. None returns all.
+        given: the codes of the file's float_values, uint8 [n, ...]: taken as they are.
         """
-        values: dict[str, Array] = dict(self._file.feed(pixels))
+        values: dict[str, Array] = {**self._file.feed(pixels), **self._checked(given, len(pixels))}
         last_use = {name: index for index, step in enumerate(self._steps) for name in step.inputs}
         for index, step in enumerate(self._steps):
             try:
@@ -66,152 +77,122 @@ class Interpreter:
         wanted = values if outputs is None else {name: values[name] for name in outputs if name in values}
         return {name: value for name, value in wanted.items() if name not in self._float_inputs}
 
+    def _checked(self, given: Mapping[str, Array], images: int) -> dict[str, Array]:
+        for name in sorted(self._given):
+            if name not in given:
+                raise CheckError(
+                    f"{name}: it is quantised from what a float island computes, so its integers must be given. "
+                    "Pass given={name: codes} with onnxruntime's."
+                )
+            codes = given[name]
+            if codes.dtype != np.uint8 or codes.shape[:1] != (images,):
+                raise CheckError(
+                    f"{name}: given as {codes.dtype} {list(codes.shape)} for {images} images; "
+                    f"pass its uint8 codes, [{images}, ...]."
+                )
+        return {name: given[name] for name in self._given}
+
     def _plan(self) -> list[Step]:
+        written = set(self._graph.producers)
+        for name in self._file.float_values:
+            if name not in written:
+                raise CheckError(
+                    f"{name}: the metadata says that it is quantised from a float island, but no node writes it. "
+                    "Export the run again."
+                )
         steps = []
         for node in self._graph.proto.node:
             step = self._match(node)
             if step is not None:
                 steps.append(step)
-                if step.output not in self._graph.outputs:
-                    self._integers.add(step.output)
         return steps
 
     def _match(self, node: onnx.NodeProto) -> Step | None:
-        graph = self._graph
-        if node.op_type == "DequantizeLinear" or all(graph.constants.get(name) is not None for name in node.output):
-            return None  # read by the patterns of its consumers
+        graph, (output, *others) = self._graph, node.output
+        if graph.island(node) is not None:
+            return None
+        if all(graph.constants.get(name) is not None for name in (output, *others)):
+            return None
+        if output in self._given:
+            return self._take(node)
+        if node.op_type == "DequantizeLinear":
+            return self._match_dequantize(node)
         if node.op_type == "QuantizeLinear":
             return self._match_quantize(node)
-        if node.op_type in _INTEGER_OPS and node.input[0] in self._integers:
-            return Step(node.output[0], (node.input[0],), _on_integers(graph, node))
-        if node.op_type not in _FLOAT_OPS:
+        if node.op_type in MOVEMENT and node.input[0] in self._integers:
+            return self._match_movement(node)
+        if node.op_type == "Reshape" and node.input[0] in self._reals:
+            return self._real(movement(graph, node))
+        if node.op_type not in _REQUANTIZING and node.op_type not in _THROUGH_REALS:
             raise fault(node, "the integer interpreter has no arithmetic for it")
-        if node.op_type == "Gemm" and node.output[0] in graph.outputs:
-            product = graph.product(node)
-            return Step(node.output[0], (product.input.tensor,), _gemm_to_real(product))
+        if graph.stays_float(node):
+            return self._real(real_gemm(graph, node))
         graph.quantized(node)  # refuses an output that stays float
         return None
 
-    def _match_quantize(self, node: onnx.NodeProto) -> Step:
+    def _integer(self, step: Step) -> Step:
+        self._integers.add(step.output)
+        return step
+
+    def _real(self, step: Step) -> Step:
+        self._reals.add(step.output)
+        return step
+
+    def _take(self, node: onnx.NodeProto) -> None:
+        """The end of a QuantizeLinear (-> Clip) from a float island: its codes are given."""
+        source = node
+        if node.op_type == "Clip" and node.input[0] in self._graph.producers:
+            source = self._graph.producers[node.input[0]]
+        if source.op_type != "QuantizeLinear" or not self._graph.written_by_island(source.input[0]):
+            raise fault(node, "the metadata says that it is quantised from a float island, which it is not")
+        self._integers.add(node.output[0])
+
+    def _match_movement(self, node: onnx.NodeProto) -> Step:
+        step = movement(self._graph, node)
+        floating = [name for name in step.inputs if name not in self._integers]
+        if floating:
+            raise fault(node, f"{floating[0]!r} holds no stored integers, its first input does")
+        return self._integer(step)
+
+    def _match_dequantize(self, node: onnx.NodeProto) -> Step | None:
+        """Nothing where the patterns of its readers, or islands, read it; a step where it makes the logits."""
+        if node.output[0] not in self._graph.outputs:
+            return None
+        x = self._graph.quantization(node, node.input[0])
+        dequantize = partial(arithmetic.dequantize, scale=x.scale, zero_point=x.zero_point)
+        return self._real(Step(node.output[0], (x.tensor,), dequantize))
+
+    def _match_quantize(self, node: onnx.NodeProto) -> Step | None:
         graph = self._graph
         target = graph.quantization(node, node.output[0])
         source = node.input[0]
         if source in self._float_inputs:
             quantize = partial(arithmetic.quantize, scale=target.scale, zero_point=target.zero_point)
-            return Step(target.tensor, (source,), quantize)
+            return self._integer(Step(target.tensor, (source,), quantize))
+        if graph.written_by_island(source):
+            self._refuse_unless_given(node)
+            return None
         producer = graph.producers.get(source)
-        if producer is None or producer.op_type not in _FLOAT_OPS:
+        if producer is None or source in self._reals:
             raise fault(node, f"it quantises {source!r}, which no integer kernel computes")
-        if producer.op_type in ("Conv", "Gemm"):
-            product = graph.product(producer)
-            return Step(target.tensor, (product.input.tensor,), _product(product, target))
-        if producer.op_type == "Add":
-            a, b = graph.dequantized(producer, 0), graph.dequantized(producer, 1)
-            return Step(target.tensor, (a.tensor, b.tensor), _add(a, b, target))
+        if producer.op_type in _REQUANTIZING:
+            return self._integer(_REQUANTIZING[producer.op_type](graph, producer, target))
+        if producer.op_type not in _THROUGH_REALS:
+            raise fault(node, f"it quantises {source!r}, which no integer kernel computes")
         x = graph.dequantized(producer, 0)
-        if producer.op_type in ("GlobalAveragePool", "AveragePool"):
-            return Step(target.tensor, (x.tensor,), _average(producer, x, target))
         if (x.scale, x.zero_point) != (target.scale, target.zero_point):
             raise fault(producer, "its input and output scales differ, so it runs in float")
-        return Step(target.tensor, (x.tensor,), _on_integers(graph, producer))
+        return self._integer(Step(target.tensor, (x.tensor,), MOVEMENT[producer.op_type](graph, producer)))
+
+    def _refuse_unless_given(self, node: onnx.NodeProto) -> None:
+        """A QuantizeLinear from an island, before the Clip whose output is given."""
+        readers = self._graph.consumers[node.output[0]]
+        if not readers or any(reader.op_type != "Clip" or reader.output[0] not in self._given for reader in readers):
+            raise fault(node, "it quantises what a float island computes, which the metadata does not say")
 
 
-def interpret(model: ModelSource, pixels: NDArray[np.uint8]) -> dict[str, Array]:
+def interpret(
+    model: ModelSource, pixels: NDArray[np.uint8], given: Mapping[str, NDArray[Any]] = _NOTHING
+) -> dict[str, Array]:
     """Every integer tensor of a mecdeploy ONNX file, and its logits, for raw pixels [n, C, H, W]."""
-    return Interpreter(read_model(model)).run(pixels)
-
-
-def _accumulator(product: Product) -> Callable[[Array], Array]:
-    zero_point, weight, bias = product.input.zero_point, product.weight, product.bias
-    if product.node.op_type == "Gemm":
-        return lambda x: kernels.matrix_product(x, zero_point, weight, bias)
-    attributes = attributes_of(product.node)
-    window = _window(product.node, (weight.shape[2], weight.shape[3]))
-    groups = int(attributes.get("group", 1))
-    return lambda x: kernels.convolve(x, zero_point, weight, bias, window, groups)
-
-
-def _product(product: Product, target: Quantized) -> Callable[[Array], Array]:
-    accumulate = _accumulator(product)
-    multiplier = arithmetic.output_multiplier(product.input.scale, product.weight_scale, target.scale)
-    return lambda x: arithmetic.requantize(accumulate(x), multiplier, target.zero_point)
-
-
-def _gemm_to_real(product: Product) -> Callable[[Array], Array]:
-    """The logits: f32(acc) * f32(s_x * s_w)."""
-    accumulate = _accumulator(product)
-    multiplier = product.input.scale * product.weight_scale
-    return lambda x: accumulate(x).astype(np.float32) * multiplier
-
-
-def _add(a: Quantized, b: Quantized, target: Quantized) -> Callable[[Array, Array], Array]:
-    table = arithmetic.addition_table(
-        a.scale, a.zero_point, b.scale, b.zero_point, target.scale, target.zero_point
-    ).reshape(-1)
-
-    def compute(x: Array, y: Array) -> Array:
-        if x.shape != y.shape:
-            raise ValueError(f"{list(x.shape)} + {list(y.shape)}")
-        return np.take(table, (x.astype(np.uint16) << 8) | y)
-
-    return compute
-
-
-def _average(node: onnx.NodeProto, x: Quantized, target: Quantized) -> Callable[[Array], Array]:
-    def whole(codes: Array) -> Array:
-        multiplier = arithmetic.global_average_multiplier(x.scale, target.scale, math.prod(codes.shape[2:]))
-        total = kernels.global_sum(codes, x.zero_point)
-        return arithmetic.requantize(total, multiplier.reshape(1), target.zero_point)
-
-    if node.op_type == "GlobalAveragePool":
-        return whole
-    window = _window(node)
-    include_pad = bool(attributes_of(node).get("count_include_pad", 0))
-    if window.ceil_mode:
-        raise fault(node, "the integer interpreter has no arithmetic for ceil_mode")
-
-    def windowed(codes: Array) -> Array:
-        if codes.shape[2:] == window.kernel and not any(window.pads):
-            return whole(codes)  # onnxruntime takes its global kernel here
-        return kernels.average_pool(codes, x.scale, x.zero_point, window, include_pad, target.scale, target.zero_point)
-
-    return windowed
-
-
-def _on_integers(graph: Graph, node: onnx.NodeProto) -> Callable[[Array], Array]:
-    """Ops that move or compare stored codes without touching their scale."""
-    if node.op_type == "Clip":
-        low, high = _limit(graph, node, 1, 0), _limit(graph, node, 2, 255)
-        return lambda codes: np.clip(codes, low, high)
-    if node.op_type == "MaxPool":
-        window = _window(node)
-        return lambda codes: kernels.max_pool(codes, window)
-    if node.op_type == "Flatten":
-        axis = int(attributes_of(node).get("axis", 1))
-        return lambda codes: codes.reshape(math.prod(codes.shape[:axis]), -1)
-    sizes = graph.constant(node, 1).tolist()
-    return lambda codes: codes.reshape([codes.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
-
-
-def _limit(graph: Graph, node: onnx.NodeProto, index: int, default: int) -> int:
-    given = index < len(node.input) and node.input[index]
-    return int(graph.constant(node, index).item()) if given else default
-
-
-def _window(node: onnx.NodeProto, kernel: tuple[int, int] | None = None) -> kernels.Window:
-    attributes = attributes_of(node)
-    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b""):
-        raise fault(node, "auto_pad is set; the pads must be written out")
-    shape = kernel if kernel is not None else attributes["kernel_shape"]
-    pads = attributes.get("pads", [0, 0, 0, 0])
-    strides = attributes.get("strides", [1, 1])
-    dilations = attributes.get("dilations", [1, 1])
-    if len(shape) != 2 or len(pads) != 4:
-        raise fault(node, "only two-dimensional windows are known")
-    return kernels.Window(
-        kernel=(int(shape[0]), int(shape[1])),
-        strides=(int(strides[0]), int(strides[1])),
-        pads=(int(pads[0]), int(pads[1]), int(pads[2]), int(pads[3])),
-        dilations=(int(dilations[0]), int(dilations[1])),
-        ceil_mode=bool(attributes.get("ceil_mode", 0)),
-    )
+    return Interpreter(read_model(model)).run(pixels, given=given)

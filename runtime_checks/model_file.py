@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,27 @@ PIXELS = "pixels"
 LOGITS = "logits"
 _PREFIX = "mecdeploy."
 _REQUIRED = ("format", "weight_bits", "trained_bits", "activation_bits", "units", "input", "target")
+_OPTIONAL = ("float_values", "islands")
 _DTYPES = {"uint8": onnx.TensorProto.UINT8, "float32": onnx.TensorProto.FLOAT}
 
 ModelSource = Path | str | bytes
 
 
 @dataclass(frozen=True, kw_only=True)
+class Island:
+    """Operators that run in float32 between integer kernels, by PyTorch's names for them, and why they do."""
+
+    operators: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFile:
     """A parsed model and what its metadata promises.
 
-    label: how messages name the file. units: tensor names of every unit's stored integers, in execution order.
+    label: how messages name the file. units: tensor names of every unit's stored integers, and of the float outputs of
+    Gemms before islands, in execution order.
+    float_values: tensors of stored integers that are quantised from what a float island computes. islands: by name.
     weight_bits: unit name -> bits each weight is packed at. shape: (channels, height, width) of one image.
     """
 
@@ -42,6 +53,8 @@ class ModelFile:
     input_name: str
     input_dtype: str
     shape: tuple[int, int, int]
+    float_values: tuple[str, ...] = ()
+    islands: Mapping[str, Island] = field(default_factory=dict)
 
     def feed(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """What onnxruntime is given for raw pixels [n, C, H, W]: the pixels, or pixels / 255 for a float input."""
@@ -87,7 +100,20 @@ def read_model(source: ModelSource) -> ModelFile:
         input_name=_single_input(label, proto, dtype),
         input_dtype=dtype,
         shape=(int(image["channels"]), int(image["height"]), int(image["width"])),
+        float_values=tuple(map(str, metadata["float_values"])),
+        islands=_islands(label, metadata["islands"]),
     )
+
+
+def _islands(label: str, described: dict[str, Any]) -> dict[str, Island]:
+    islands = {}
+    for name, entry in described.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("operators"), list) or "reason" not in entry:
+            raise CheckError(
+                f"{label}: metadata {_PREFIX}islands has no operators or no reason for {name!r}. Export the run again."
+            )
+        islands[name] = Island(operators=tuple(map(str, entry["operators"])), reason=str(entry["reason"]))
+    return islands
 
 
 def _read_bytes(source: ModelSource) -> tuple[str, bytes]:
@@ -129,10 +155,12 @@ def _read_metadata(label: str, proto: onnx.ModelProto) -> dict[str, Any]:
         "activation_bits": dict,
         "units": list,
         "input": dict,
+        "float_values": list,
+        "islands": dict,
     }
     for key, kind in kinds.items():
         try:
-            metadata[key] = json.loads(found[key])
+            metadata[key] = json.loads(found[key]) if key not in _OPTIONAL or key in found else kind()
         except json.JSONDecodeError:
             metadata[key] = None
         if not isinstance(metadata[key], kind):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from mecdeploy.runtime_checks.arithmetic import Real
 from mecdeploy.runtime_checks.errors import CheckError
 from mecdeploy.runtime_checks.weights import Constant, Constants
+
+MOVING = ("Clip", "MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Concat")
+"""Operators that leave stored codes stored codes, at the scale they had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,8 @@ class Product:
     """A convolution or matrix product between quantised operands.
 
     unit: the name its weights carry. weight: int8, output channels first, stored as `stored` says. weight_scale: [O] or
-    [1]. bias: int32 [O] with bias_scale [O] or [1], or None. output: None when the result stays float (the logits).
+    [1]. bias: int32 [O] with bias_scale [O] or [1], or None. output: None when the result stays float: the logits, or
+    what a float island reads.
     """
 
     node: onnx.NodeProto
@@ -44,10 +49,14 @@ class Product:
 
 
 class Graph:
-    """Lookups over one graph, and the patterns onnxruntime fuses; anything else is a CheckError by node name."""
+    """Lookups over one graph, and the patterns onnxruntime fuses; anything else is a CheckError by node name.
 
-    def __init__(self, proto: onnx.GraphProto) -> None:
+    islands: names of the float islands; a node called `<island>/...` is one of its nodes.
+    """
+
+    def __init__(self, proto: onnx.GraphProto, islands: Collection[str] = ()) -> None:
         self.proto = proto
+        self._islands = frozenset(islands)
         self.constants = Constants(proto)
         self.outputs = {value.name for value in proto.output}
         self.producers = {name: node for node in proto.node for name in node.output}
@@ -59,6 +68,36 @@ class Graph:
     def tensors(self) -> set[str]:
         """Every tensor a node writes, and the graph's inputs."""
         return set(self.producers) | {value.name for value in self.proto.input}
+
+    def island(self, node: onnx.NodeProto) -> str | None:
+        """Name of the float island a node belongs to."""
+        return island_of(node.name, self._islands)
+
+    def written_by_island(self, tensor: str) -> bool:
+        """Whether a node of a float island writes the tensor."""
+        producer = self.producers.get(tensor)
+        return producer is not None and self.island(producer) is not None
+
+    def is_stored(self, tensor: str) -> bool:
+        """Whether a tensor holds stored codes: quantised, or codes moved, or the pixels; else it is float."""
+        node = self.producers.get(tensor)
+        while node is not None and self.island(node) is None and node.op_type in MOVING:
+            tensor = node.input[0]
+            node = self.producers.get(tensor)
+        if node is not None:
+            return node.op_type == "QuantizeLinear"
+        kinds = {value.name: value.type.tensor_type.elem_type for value in self.proto.input}
+        return kinds.get(tensor) == onnx.TensorProto.UINT8
+
+    def stays_float(self, node: onnx.NodeProto) -> bool:
+        """Whether a Gemm's output is the logits or goes, maybe through a Reshape, to float islands alone."""
+        if node.op_type != "Gemm":
+            return False
+        (name,) = node.output
+        readers = self.consumers[name]
+        if not readers:
+            return name in self.outputs
+        return all(self.island(reader) is not None or reader.op_type == "Reshape" for reader in readers)
 
     def constant(self, node: onnx.NodeProto, index: int) -> NDArray[Any]:
         """Input `index` of a node, which must be known from the file."""
@@ -103,7 +142,6 @@ class Graph:
             axis = 0 if attributes.get("transB", 0) else 1
         weight, scale, stored = self._weight(node, axis)
         bias, bias_scale = self._bias(node, weight.shape[axis])
-        stays_float = node.output[0] in self.outputs and not self.consumers[node.output[0]]
         return Product(
             node=node,
             unit=stored.source.split("/weight")[0] if "/weight" in stored.source else node.name,
@@ -113,12 +151,13 @@ class Graph:
             stored=stored,
             bias=bias,
             bias_scale=bias_scale,
-            output=None if stays_float else self.quantized(node),
+            output=None if self.stays_float(node) else self.quantized(node),
         )
 
     def products(self) -> list[Product]:
-        """Every Conv and Gemm of the graph, in its order."""
-        return [self.product(node) for node in self.proto.node if node.op_type in ("Conv", "Gemm")]
+        """Every Conv and Gemm outside float islands, in the graph's order."""
+        nodes = (node for node in self.proto.node if node.op_type in ("Conv", "Gemm") and self.island(node) is None)
+        return [self.product(node) for node in nodes]
 
     def _weight(self, node: onnx.NodeProto, axis: int) -> tuple[NDArray[np.int8], Real, Constant]:
         source = self.producers.get(node.input[1])
@@ -152,6 +191,13 @@ class Graph:
         if source is None or stored is None or stored.value.dtype != np.int32 or stored.value.size != channels:
             raise fault(node, f"its bias is not {channels} int32 values through a DequantizeLinear")
         return stored.value.astype(np.int32), self.constant(source, 1).reshape(-1).astype(np.float32)
+
+
+def island_of(node_name: str, islands: Collection[str]) -> str | None:
+    """The island whose name, and a slash, a node's name begins with; the longest where several do."""
+    parts = node_name.split("/")
+    names = ("/".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    return next((name for name in names if name in islands), None)
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
