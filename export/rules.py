@@ -86,16 +86,18 @@ def _check_elementwise(node: Elementwise, graph: IntegerGraph) -> None:
 
 
 def _check_average_pool(node: AveragePool, graph: IntegerGraph) -> None:
-    """As onnxruntime: every window holds a place that is no padding."""
+    """Every window holds a place of the image; one as large as the image runs in the kernel of global means."""
     top, left, bottom, right = node.padding
     if max(top, bottom) >= node.kernel[0] or max(left, right) >= node.kernel[1]:
         refuse(node, f"pads by {node.padding} for windows of {node.kernel}; each side must be below the window's size")
     read, written = quantization_of(graph, node.input), quantization_of(graph, node.output)
     if problem := ratio_problem(read.scale, written, LARGEST_SUM_RATIO):
         refuse(node, problem)
+    if node.kernel == graph.values[node.input].shape[1:] and not any(node.padding):
+        _check_mean(node, graph)
 
 
-def _check_mean(node: GlobalAveragePool, graph: IntegerGraph) -> None:
+def _check_mean(node: GlobalAveragePool | AveragePool, graph: IntegerGraph) -> None:
     """Onnxruntime's kernel refuses other multipliers, and only when it runs."""
     read, written = quantization_of(graph, node.input), quantization_of(graph, node.output)
     positions = math.prod(graph.values[node.input].shape[1:])

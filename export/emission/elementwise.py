@@ -77,7 +77,8 @@ def _emit_hard_sigmoid(builder: GraphBuilder, node: Elementwise) -> None:
     """QLinearAdd of x / 6 and 1 / 2; the output's codes saturate where clip(., 0, 1) would.
 
     HardSigmoid itself has no integer kernel. x / 6 is a second reading of x's codes, at a sixth of their scale; 1 / 2
-    is the code 1 at scale 1 / 2.
+    is the code 1 at scale 1 / 2, and comes first: second, it would trade places with an x of width 1 inside the kernel,
+    which rounds ties by place.
     """
     source = builder.quantization(node.inputs[0])
     sixth_scale = builder.initializer(f"{node.output}/sixth/scale", np.array(sixth(source.scale)))
@@ -87,7 +88,7 @@ def _emit_hard_sigmoid(builder: GraphBuilder, node: Elementwise) -> None:
     half_scale = builder.shared("half/scale", np.array(0.5, np.float32))
     half_zero = builder.shared("half/zero_point", np.array(0, np.uint8))
     half = builder.node("DequantizeLinear", [one, half_scale, half_zero], f"{node.output}/half")
-    builder.quantize(builder.node("Add", [real, half], f"{node.output}/sum"), node.output)
+    builder.quantize(builder.node("Add", [half, real], f"{node.output}/sum"), node.output)
 
 
 def _hard_sigmoid_problem(inputs: Sequence[Quantization], output: Quantization) -> str:

@@ -161,6 +161,12 @@ class Maker:
         shared = self.codes(source)
         return self._value(name, self.values[name].shape, replace(shared, qmin=shared.qmin if qmin is None else qmin))
 
+    def learned(self, name: str) -> str:
+        """Give signed value `name` a zero point as training might find it; before anything reads the value."""
+        old = self.codes(name)
+        zero_point = int(self.rng.integers(old.qmax // 4, 3 * old.qmax // 4 + 1))
+        return self._value(name, self.values[name].shape, replace(old, zero_point=zero_point))
+
     def island(self, name: str, sources: Sequence[str], graph: GraphProto, **shapes: tuple[int, ...]) -> list[str]:
         """shapes: output -> its shape. The values are named `<island>.<output>`."""
         outputs = tuple(f"{name}.{output}" for output in shapes)

@@ -19,8 +19,10 @@ def metadata_of(data: bytes) -> dict[str, str]:
 def expose_units(data: bytes) -> bytes:
     """The same model with every unit's integers among its outputs; this disturbs no fusion."""
     model = onnx.load_from_string(data)
+    quantized = json.loads(metadata_of(data)["mecdeploy.activation_bits"])
     for name in json.loads(metadata_of(data)["mecdeploy.units"]):
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
+        element = onnx.TensorProto.UINT8 if name in quantized else onnx.TensorProto.FLOAT
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, element, None))
     return model.SerializeToString()
 
 
