@@ -68,9 +68,7 @@ class GraphBuilder:
         array = numpy_helper.to_array(tensor)
         key = (tensor.data_type, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
-            copied = self._proto.initializer.add()
-            copied.CopyFrom(tensor)
-            copied.name = self._claim(name)
+            self._proto.initializer.append(numpy_helper.from_array(array, self._claim(name)))
             self._constants[key] = name
         return self._constants[key]
 

@@ -124,10 +124,10 @@ class Maker:
         signed = self._is_signed(left) or self._is_signed(right)
         return self._append(node, act_bits, signed, self._spread(left) * self._spread(right))
 
-    def gate(self, name: str, kind: str, source: str, act_bits: int) -> str:
-        """A sigmoid or a hard sigmoid: codes from 0, that reach 1 or less."""
+    def gate(self, name: str, kind: str, source: str, act_bits: int, reach: float | None = None) -> str:
+        """A sigmoid or a hard sigmoid: codes from 0, the last of which means `reach`: by default some below 1."""
         qmax = (1 << act_bits) - 1
-        scale = float(np.float32(self.rng.uniform(0.8, 1.0) / qmax))
+        scale = float(np.float32((reach or self.rng.uniform(0.8, 1.0)) / qmax))
         node = Elementwise(name=name, kind=kind, inputs=(source,), output=name)
         self.nodes.append(node)
         return self._value(name, self._made(node), Quantization(scale=scale, zero_point=0, qmax=qmax))
