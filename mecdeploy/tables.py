@@ -49,10 +49,22 @@ def parity(report: ParityReport) -> Table:
     table.add_row("top-1 agreement", _percent(report.top1_agreement))
     table.add_row("largest logit difference", f"{report.max_logit_difference:g}")
     table.add_row("convolutions and Gemms in float", f"{report.float_convolutions}")
+    _add_islands(table, report)
     table.add_row("layers by weight bits", _count(report.packed_bits))
     table.add_row("processor", report.cpu.model)
     table.add_row("result", "passed" if report.passed else "FAILED", style="bold")
     return table
+
+
+def _add_islands(table: Table, report: ParityReport) -> None:
+    """Rows of a file that computes some operators in float; none for a file of integer kernels alone."""
+    if report.exact_end_to_end:
+        return
+    operators = Counter(operator for island in report.islands for operator in island.operators)
+    different, compared = (sum(getattr(row, key) for row in report.islands) for key in ("different", "compared"))
+    table.add_row("float islands", f"{report.float_islands}: {_tally(operators)}")
+    table.add_row("... integers quantised from them", f"{compared:,}, {different:,} of them one step apart")
+    table.add_row("... float operators in onnxruntime", _tally(report.float_operators))
 
 
 def demo(result: DemoResult) -> Table:
@@ -88,6 +100,13 @@ def _table(first: str, *others: str) -> Table:
 def _count(bits: Mapping[str, int]) -> str:
     """2 bits: 17, 8 bits: 2."""
     return ", ".join(f"{width} bits: {count}" for width, count in sorted(Counter(bits.values()).items()))
+
+
+def _tally(counts: Mapping[str, int], most: int = 8) -> str:
+    """LayerNormalization 25, Softmax 12 and 2 other kinds; the most frequent first."""
+    ordered = Counter(counts).most_common()
+    shown = ", ".join(f"{name} {count}" for name, count in ordered[:most])
+    return shown if len(ordered) <= most else f"{shown} and {len(ordered) - most} other kinds"
 
 
 def _percent(share: float) -> str:

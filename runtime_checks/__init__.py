@@ -1,10 +1,17 @@
 """The runtime checks: an independent witness of what onnxruntime computes. Imports no other room, and never torch.
 
 checks.py       check_model: everything below, in one report
-structure.py    which kernels onnxruntime made of the file; how many bits every weight takes in it
-exactness.py    PyTorch == onnxruntime == interpreter, unit by unit
+structure.py    which kernels onnxruntime made of the file; how many bits every weight takes in it; what stays float
+exactness.py    PyTorch == onnxruntime == interpreter, unit by unit; float islands apart
+  tally.py        differences, counted over batches
+  sentences.py    differences, explained
 accuracy.py     both networks over all images
 interpreter.py  the graph executed in numpy integers, from the file alone
+  products.py     convolutions and Gemms, by op type
+  pooling.py      average pools
+  elementwise.py  sums, products, sigmoids, leaky ReLUs: one function an op type
+  movement.py     what only moves codes: one function an op type
+  steps.py        what those tables hold
   patterns.py     DequantizeLinear -> op -> QuantizeLinear as operands
   weights.py      packed weights and other constants, decoded
   kernels.py      integer convolutions, products and pools

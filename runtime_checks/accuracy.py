@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mecdeploy.runtime_checks.errors import CheckError
-from mecdeploy.runtime_checks.exactness import Reference, differences
+from mecdeploy.runtime_checks.exactness import Reference
 from mecdeploy.runtime_checks.model_file import LOGITS, ModelFile
 from mecdeploy.runtime_checks.report import Accuracy
 from mecdeploy.runtime_checks.runtime import Runtime, batches
+from mecdeploy.runtime_checks.tally import differences
 
 
 def compare_accuracy(
@@ -58,14 +59,3 @@ def compare_accuracy(
         logits_different=different,
         first_different_image=first,
     )
-
-
-def explain(accuracy: Accuracy) -> list[str]:
-    """A sentence when any logit differs: exactness over some images is a promise for all of them."""
-    if accuracy.logits_different == 0:
-        return []
-    return [
-        f"{accuracy.logits_different} logits over {accuracy.images} images differ between PyTorch and onnxruntime, by "
-        f"at most {accuracy.max_logit_difference:g}, first at image {accuracy.first_different_image}; the top class "
-        f"agrees on {accuracy.top1_agreement:.2%}. Export the run again, from the checkpoint that is checked."
-    ]

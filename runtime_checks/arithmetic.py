@@ -82,9 +82,7 @@ def addition_table(
     fixed = np.float32(zero_y) - offset
     codes = np.arange(256, dtype=np.float32)
     inner = fused_multiply_add(codes, ratio_b, fixed)
-    total = fused_multiply_add(codes[:, None], ratio_a, inner[None, :])
-    np.clip(np.rint(total, out=total), 0, 255, out=total)
-    return total.astype(np.uint8)
+    return _saturate(fused_multiply_add(codes[:, None], ratio_a, inner[None, :]))
 
 
 def multiplication_table(
@@ -94,15 +92,17 @@ def multiplication_table(
 
     M = f32(f32(s_a * s_b) / s_y); clamp(rint(f32(f32((a - z_a) * (b - z_b)) * M) + z_y)), the zero point added before
     rounding, without a fused step: over 2e8 products 0 differ; 6e4 with the zero point after rounding, 2e3 fused.
-    A real above int32 becomes the smallest code, as the kernel's conversion has no such number.
     """
     codes = np.arange(256, dtype=np.float32)
     product = np.multiply.outer(codes - np.float32(zero_a), codes - np.float32(zero_b))  # 17 bits: exact
     multiplier = (np.float32(scale_a) * np.float32(scale_b)) / np.float32(scale_y)
-    total: Real = product * multiplier + np.float32(zero_y)
-    total[total >= INT32_LIMIT] = 0
-    np.clip(np.rint(total, out=total), 0, 255, out=total)
-    return total.astype(np.uint8)
+    return _saturate(product * multiplier + np.float32(zero_y))
+
+
+def _saturate(steps: Real) -> Codes:
+    """clamp(rint(steps)), but 0 above int32: the kernels of sums and products convert to int32 before they clamp."""
+    held = np.where(steps < INT32_LIMIT, steps, np.float32(0))
+    return np.clip(np.rint(held), 0, 255).astype(np.uint8)
 
 
 _ODD_TERMS = (
@@ -127,7 +127,8 @@ def logistic(real: Real) -> Real:
     x: Real = np.clip(real, np.float32(-18), np.float32(18))
     square = x * x
     numerator, denominator = (_polynomial(square, terms) for terms in (_ODD_TERMS, _EVEN_TERMS))
-    return np.maximum((x * numerator) / denominator + np.float32(0.5), np.float32(0))
+    result: Real = np.maximum((x * numerator) / denominator + np.float32(0.5), np.float32(0))
+    return result
 
 
 def _polynomial(x: Real, terms: tuple[float, ...]) -> Real:

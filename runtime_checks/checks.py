@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mecdeploy.runtime_checks import accuracy as accuracies
-from mecdeploy.runtime_checks import exactness as exactnesses
+from mecdeploy.runtime_checks.accuracy import compare_accuracy
 from mecdeploy.runtime_checks.errors import CheckError
-from mecdeploy.runtime_checks.exactness import Reference
+from mecdeploy.runtime_checks.exactness import Reference, compare_exactly
 from mecdeploy.runtime_checks.machine import Cpu, describe_cpu, versions
 from mecdeploy.runtime_checks.model_file import ModelSource, read_model
-from mecdeploy.runtime_checks.report import ParityReport
-from mecdeploy.runtime_checks.structure import inspect_structure
+from mecdeploy.runtime_checks.report import FloatValueParity, IslandReport, ParityReport
+from mecdeploy.runtime_checks.sentences import explain_accuracy, explain_exactness
+from mecdeploy.runtime_checks.structure import IslandStructure, inspect_structure
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,25 +55,24 @@ def check_model(
     structure = inspect_structure(file)
     report("structure", 1, 1)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(exact_images, len(images))).round().astype(np.int64))
-    exactness = exactnesses.compare_exactly(
+    exactness = compare_exactly(
         file,
         images[chosen],
         reference,
         batch_size=min(batch_size, _EXACT_BATCH),
         progress=partial(report, "exactness"),
     )
-    accuracy = accuracies.compare_accuracy(
+    accuracy = compare_accuracy(
         file, images, labels, reference, batch_size=batch_size, progress=partial(report, "accuracy")
     )
     cpu = describe_cpu()
     failures = [
-        *exactnesses.explain(exactness, structure.float_products),
+        *explain_exactness(exactness, structure.float_products),
         *structure.failures,
-        *accuracies.explain(accuracy),
+        *explain_accuracy(accuracy, has_islands=bool(file.islands)),
     ]
     if failures:
         failures += _processor_hints(cpu, structure.saturation_risk)
-    first = exactness.first_different
     return ParityReport(
         model=file.label,
         model_bytes=file.size,
@@ -82,7 +81,7 @@ def check_model(
         exact_images=exactness.images,
         integers_compared=exactness.integers_compared,
         integers_different=exactness.integers_different,
-        first_different_unit=first.name if first is not None else None,
+        first_different_unit=exactness.first_different_name,
         top1_agreement=accuracy.top1_agreement,
         accuracy_torch=accuracy.accuracy_torch,
         accuracy_onnxruntime=accuracy.accuracy_onnxruntime,
@@ -94,6 +93,10 @@ def check_model(
         integer_convolutions=len(structure.integer_products),
         packed_bits=structure.packed_bits,
         kernels=structure.kernels,
+        exact_end_to_end=not file.islands,
+        float_islands=len(structure.islands),
+        islands=tuple(_island_report(island, exactness.islands) for island in structure.islands),
+        float_operators=structure.float_operators,
         weights=structure.weights,
         units=exactness.units,
         logits=exactness.logits,
@@ -102,6 +105,20 @@ def check_model(
         cpu=cpu,
         versions={**versions(), **(extra_versions or {})},
         failures=tuple(failures),
+    )
+
+
+def _island_report(island: IslandStructure, compared: Sequence[FloatValueParity]) -> IslandReport:
+    values = tuple(row for row in compared if row.island == island.name)
+    return IslandReport(
+        name=island.name,
+        operators=island.operators,
+        reason=island.reason,
+        kernels=island.kernels,
+        compared=sum(row.compared for row in values),
+        different=sum(row.different for row in values),
+        max_difference=max((row.max_difference for row in values), default=0.0),
+        values=values,
     )
 
 

@@ -69,8 +69,11 @@ ELEMENTWISE: MappingProxyType[str, Requantizing] = MappingProxyType(
 
 
 def _look_up(y: Quantized, x: Quantized, table: Codes) -> Step:
-    return Step(y.tensor, (x.tensor,), lambda codes: np.take(table, codes))
+    def compute(codes: Array) -> Array:
+        return np.asarray(np.take(table, codes))
+
+    return Step(y.tensor, (x.tensor,), compute)
 
 
 def _look_up_pairs(table: Codes, left: Array, right: Array) -> Array:
-    return np.take(table.reshape(-1), (left.astype(np.uint16) << 8) | right)
+    return np.asarray(np.take(table.reshape(-1), (left.astype(np.uint16) << 8) | right))

@@ -114,7 +114,8 @@ class Interpreter:
         if all(graph.constants.get(name) is not None for name in (output, *others)):
             return None
         if output in self._given:
-            return self._take(node)
+            self._take(node)
+            return None
         if node.op_type == "DequantizeLinear":
             return self._match_dequantize(node)
         if node.op_type == "QuantizeLinear":

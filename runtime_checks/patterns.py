@@ -85,7 +85,7 @@ class Graph:
             tensor = node.input[0]
             node = self.producers.get(tensor)
         if node is not None:
-            return node.op_type == "QuantizeLinear"
+            return bool(node.op_type == "QuantizeLinear")
         kinds = {value.name: value.type.tensor_type.elem_type for value in self.proto.input}
         return kinds.get(tensor) == onnx.TensorProto.UINT8
 

@@ -16,9 +16,12 @@ from mecdeploy.runtime_checks.structure import WeightStorage
 class TensorParity:
     """One tensor on three sides: PyTorch, onnxruntime (default optimisation) and the numpy interpreter.
 
+    real: float32, as the logits and what Gemms hand to float islands are; else stored integers.
+
     compared: values seen. different: values on which not all three agree. The pair counts say who disagrees.
-    max_difference: largest absolute difference of any pair, in steps (integers) or in real units (logits).
-    missing: sides that did not compute the tensor, or not in this shape.
+    max_difference: largest absolute difference of any pair, in steps, or in real units.
+    missing: sides that did not compute the tensor, or not in this shape. tolerance: the largest difference that is no
+    failure; 0 but for logits that a float island makes, which the interpreter does not compute.
     """
 
     name: str
@@ -29,11 +32,43 @@ class TensorParity:
     onnxruntime_vs_interpreter: int
     max_difference: float
     missing: tuple[str, ...]
+    real: bool = False
+    tolerance: float = 0.0
 
     @property
     def agrees(self) -> bool:
-        """All three sides computed it and no value differs."""
-        return not self.missing and self.different == 0
+        """All sides computed it and no value differs, or by more than the tolerance."""
+        return not self.missing and (self.different == 0 or 0 < self.max_difference <= self.tolerance)
+
+
+FLOAT_VALUE_STEPS = 1
+"""A float island's rounding differs in orders of magnitude less than a step: only a value next to a rounding tie may
+move, and only to the neighbour."""
+
+FLOAT_VALUE_SHARE = 0.05
+"""A rounding error of e steps moves a share of about 2e of the values. 5% would need errors of 1/40 step, some thousand
+times those of float32 at 8 bits: a zero point off by one moves all of them, a scale off by 1% some 30%."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatValueParity:
+    """Integers quantised from an output of a float island, by PyTorch and by onnxruntime.
+
+    compared, different: values. max_difference: in steps. missing: PyTorch has no such tensor, or in another shape.
+    """
+
+    name: str
+    island: str
+    compared: int
+    different: int
+    max_difference: float
+    missing: bool
+
+    @property
+    def agrees(self) -> bool:
+        """No difference that float rounding does not explain."""
+        few = self.different <= max(1, FLOAT_VALUE_SHARE * self.compared)
+        return not self.missing and few and self.max_difference <= FLOAT_VALUE_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +86,17 @@ class Exactness:
     """The three-way comparison over some images, in execution order.
 
     exposed_logits_different: logits that change when the units are exposed as outputs; then the comparison says
-    nothing about the model people serve.
+    nothing about the model people serve. has_islands: the file has float islands, which onnxruntime may fuse otherwise
+    then: what they make may round otherwise, what the integer kernels make of it may not.
     """
 
     images: int
     units: tuple[TensorParity, ...]
     logits: TensorParity
+    islands: tuple[FloatValueParity, ...]
     optimizer_off: OptimizerOff
     exposed_logits_different: int
+    has_islands: bool = False
 
     @property
     def first_different(self) -> TensorParity | None:
@@ -66,14 +104,20 @@ class Exactness:
         return next((row for row in (*self.units, self.logits) if not row.agrees), None)
 
     @property
+    def first_different_name(self) -> str | None:
+        """Its name, or that of the first float value whose difference float rounding does not explain."""
+        wrong = next((row.name for row in self.islands if not row.agrees), None)
+        return self.first_different.name if self.first_different is not None else wrong
+
+    @property
     def integers_compared(self) -> int:
         """Integers seen, each on three sides."""
-        return sum(row.compared for row in self.units)
+        return sum(row.compared for row in self.units if not row.real)
 
     @property
     def integers_different(self) -> int:
         """Integers on which not all three sides agree."""
-        return sum(row.different for row in self.units)
+        return sum(row.different for row in self.units if not row.real)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +138,30 @@ class Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IslandReport:
+    """One float island: what it computes and why in float, and how its outputs compare once they are quantised.
+
+    operators: by PyTorch's names. kernels: op type -> count of what onnxruntime's optimised graph still attributes to
+    it. compared, different, max_difference (in steps): over the integers of all its outputs.
+    """
+
+    name: str
+    operators: tuple[str, ...]
+    reason: str
+    kernels: Mapping[str, int]
+    compared: int
+    different: int
+    max_difference: float
+    values: tuple[FloatValueParity, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """One `mecdeploy check`: structure, exactness and accuracy of one file on one machine.
 
-    float_convolutions: convolutions and Gemms that onnxruntime runs in float, named in float_convolution_names.
+    float_convolutions: convolutions and Gemms outside float islands that onnxruntime runs in float, named in
+    float_convolution_names. float_operators: op type -> count of everything left in float, islands included.
+    exact_end_to_end: the file has no float islands, so every integer and every logit is promised.
     packed_bits: unit -> bits its weights take in the file. failures: sentences; passed means there are none.
     """
 
@@ -120,6 +184,10 @@ class ParityReport:
     integer_convolutions: int
     packed_bits: Mapping[str, int]
     kernels: Mapping[str, int]
+    exact_end_to_end: bool
+    float_islands: int
+    islands: tuple[IslandReport, ...]
+    float_operators: Mapping[str, int]
     weights: tuple[WeightStorage, ...]
     units: tuple[TensorParity, ...]
     logits: TensorParity

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from mecdeploy.runtime_checks.errors import CheckError
 from mecdeploy.runtime_checks.model_file import LOGITS, ModelFile
+from mecdeploy.runtime_checks.patterns import Graph
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _FATAL_ONLY = 4  # what goes wrong is raised; only the command line prints
@@ -22,8 +23,9 @@ _FATAL_ONLY = 4  # what goes wrong is raised; only the command line prints
 class Runtime:
     """A session on the CPU.
 
-    exposed: tensors returned beside the logits. Making a QuantizeLinear or Clip output a graph output leaves the fusion
-    around it as it was, so these are the integers of the model people serve (check_model compares the logits of both).
+    exposed: tensors returned beside the logits. Making the output of a QuantizeLinear, a Clip or a float Gemm a graph
+    output leaves the fusion around it as it was, so these are the integers of the model people serve (check_model
+    compares the logits of both).
     optimize: False turns onnxruntime's graph optimiser off: float kernels between DequantizeLinear and QuantizeLinear.
     threads: 0 lets onnxruntime choose.
     """
@@ -33,7 +35,7 @@ class Runtime:
     ) -> None:
         self._file = file
         self._names = [*exposed, LOGITS]
-        model = expose(file.proto, exposed) if exposed else file.proto
+        model = expose(file, exposed) if exposed else file.proto
         self._session = open_session(model.SerializeToString(), file.label, optimize=optimize, threads=threads)
 
     def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -46,14 +48,16 @@ class Runtime:
         return dict(zip(self._names, results, strict=True))
 
 
-def expose(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of the model whose uint8 tensors `names` are graph outputs too."""
+def expose(file: ModelFile, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of the model whose tensors `names`, stored codes or float outputs of Gemms, are graph outputs too."""
     copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
+    copy.CopyFrom(file.proto)
+    graph = Graph(file.proto.graph, file.islands)
     present = {value.name for value in copy.graph.output}
-    copy.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names if name not in present
-    )
+    for name in names:
+        if name not in present:
+            kind = TensorProto.UINT8 if graph.is_stored(name) else TensorProto.FLOAT
+            copy.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     return copy
 
 

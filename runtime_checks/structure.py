@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from mecdeploy.runtime_checks.model_file import ModelFile, ModelSource, read_model
-from mecdeploy.runtime_checks.patterns import Graph, Product
+from mecdeploy.runtime_checks.patterns import MOVING, Graph, Product, island_of
 from mecdeploy.runtime_checks.runtime import open_session
 
 INTEGER_PRODUCTS = ("QLinearConv", "QGemm", "QLinearMatMul")
@@ -38,6 +38,14 @@ FLOAT_PRODUCTS = (
     "DynamicQuantizeMatMul",
 )
 INT16_MAX = 32767
+NOT_FLOAT = frozenset(
+    {
+        *INTEGER_PRODUCTS, "QuantizeLinear", "DequantizeLinear", "MaxPool", "NhwcMaxPool", "Clip", "Flatten", "Reshape",
+        "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Gather", "Identity", "Shape", "Constant",
+    }
+)  # fmt: skip
+"""Integer kernels, and what only moves or selects values; QLinear kernels go by their prefix."""
+
 _RENAMED = re.compile(r"(_token_\d+|_nchwc)+$")
 
 
@@ -59,15 +67,32 @@ class WeightStorage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IslandStructure:
+    """A float island: what the metadata says of it, and op type -> count of what the optimised graph holds of it.
+
+    A node that the optimiser fused under another name is only in StructureReport.float_operators.
+    """
+
+    name: str
+    operators: tuple[str, ...]
+    reason: str
+    kernels: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StructureReport:
     """kernels: op type -> count in the optimised graph. integer_products, float_products: unit names.
 
+    float_products: convolutions and products outside float islands. float_operators: op type -> count of everything in
+    the optimised graph that neither computes in integers nor only moves values.
     saturation_risk: units whose pair sums could leave int16, where a CPU without VNNI saturates.
     """
 
     kernels: Mapping[str, int]
     integer_products: tuple[str, ...]
     float_products: tuple[str, ...]
+    float_operators: Mapping[str, int]
+    islands: tuple[IslandStructure, ...]
     weights: tuple[WeightStorage, ...]
     saturation_risk: tuple[str, ...]
     failures: tuple[str, ...]
@@ -81,16 +106,28 @@ class StructureReport:
 def inspect_structure(model: ModelSource | ModelFile) -> StructureReport:
     """Optimise the model with onnxruntime, list its kernels, and measure how every weight is stored."""
     file = model if isinstance(model, ModelFile) else read_model(model)
-    graph = Graph(file.proto.graph)
+    graph = Graph(file.proto.graph, file.islands)
     products = graph.products()
     names = {product.node.name: product.unit for product in products}
     optimized = optimized_graph(file)
-    integer, floating = _find(optimized, INTEGER_PRODUCTS, names), _find(optimized, FLOAT_PRODUCTS, names)
+    integer = _find(optimized, INTEGER_PRODUCTS, names)
+    floating = _outside_islands(_find(optimized, FLOAT_PRODUCTS, names), integer, products, file.islands)
+    float_nodes = [node for node in optimized.node if _is_float(node)]
     weights = tuple(_measure(product, file.weight_bits) for product in products)
     return StructureReport(
-        kernels=dict(sorted(Counter(node.op_type for node in optimized.node).items())),
+        kernels=_count(optimized.node),
         integer_products=integer,
         float_products=floating,
+        float_operators=_count(float_nodes),
+        islands=tuple(
+            IslandStructure(
+                name=name,
+                operators=island.operators,
+                reason=island.reason,
+                kernels=_count([node for node in float_nodes if island_of(node.name, file.islands) == name]),
+            )
+            for name, island in file.islands.items()
+        ),
         weights=weights,
         saturation_risk=tuple(product.unit for product in products if _may_saturate(graph, product)),
         failures=(
@@ -120,6 +157,28 @@ def _find(graph: onnx.GraphProto, kinds: tuple[str, ...], units: Mapping[str, st
     return tuple(found)
 
 
+def _outside_islands(
+    floating: tuple[str, ...], integer: tuple[str, ...], products: list[Product], islands: Collection[str]
+) -> tuple[str, ...]:
+    """Float products that no island accounts for.
+
+    The optimiser drops some names: a nameless product is an island's where islands exist and every product of ours is
+    found among the integer kernels.
+    """
+    units = {product.unit for product in products}
+    if islands and units <= set(integer):
+        return tuple(name for name in floating if name in units)
+    return tuple(name for name in floating if island_of(name, islands) is None)
+
+
+def _is_float(node: onnx.NodeProto) -> bool:
+    return node.op_type not in NOT_FLOAT and not node.op_type.startswith("QLinear")
+
+
+def _count(nodes: Iterable[onnx.NodeProto]) -> dict[str, int]:
+    return dict(sorted(Counter(node.op_type for node in nodes).items()))
+
+
 def _measure(product: Product, promised: Mapping[str, int]) -> WeightStorage:
     count = product.weight.size
     return WeightStorage(
@@ -134,11 +193,11 @@ def _measure(product: Product, promised: Mapping[str, int]) -> WeightStorage:
 
 
 def _kernel_failures(products: list[Product], integer: tuple[str, ...], floating: tuple[str, ...]) -> list[str]:
-    if not floating and len(integer) == len(products):
-        return []
     missing = [product.unit for product in products if product.unit not in integer]
+    if not floating and not missing:
+        return []
     return [
-        f"onnxruntime runs {len(integer)} of {len(products)} convolutions and Gemms in integers; "
+        f"onnxruntime runs {len(products) - len(missing)} of {len(products)} convolutions and Gemms in integers; "
         f"in float: {', '.join(floating or missing)}. Export the run again: their biases, scales or clips were changed."
     ]
 
@@ -168,9 +227,11 @@ def _promise_failures(file: ModelFile, graph: Graph, weights: tuple[WeightStorag
         if name not in stored
     ]
     tensors = graph.tensors()
-    for name in file.units:
+    for name in dict.fromkeys((*file.units, *file.float_values)):
         if name not in tensors:
             failures.append(f"{name}: the metadata lists this tensor, but no node writes it. Export the run again.")
+            continue
+        if not graph.is_stored(name):
             continue
         bits, promised = _largest_code(graph, name).bit_length(), file.activation_bits.get(name)
         if bits != promised:
@@ -206,8 +267,9 @@ def _may_saturate(graph: Graph, product: Product) -> bool:
 def _largest_code(graph: Graph, tensor: str) -> int:
     """What a stored tensor can hold: the Clip's maximum, seen through ops that only move codes, else 255."""
     node = graph.producers.get(tensor)
-    if node is not None and node.op_type in ("MaxPool", "Flatten", "Reshape"):
-        return _largest_code(graph, node.input[0])
-    if node is not None and node.op_type == "Clip" and len(node.input) > 2 and node.input[2]:
+    if node is None or node.op_type not in MOVING:
+        return 255
+    if node.op_type == "Clip" and len(node.input) > 2 and node.input[2]:
         return int(graph.constant(node, 2).item())
-    return 255
+    sources = node.input if node.op_type == "Concat" else node.input[:1]
+    return max(_largest_code(graph, source) for source in sources)

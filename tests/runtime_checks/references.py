@@ -19,8 +19,8 @@ class Undamaged:
         self._interpreter = Interpreter(file)
         self._names = (*file.units, "logits")
 
-    def integers(self, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
-        return self._interpreter.run(pixels, outputs=self._names)
+    def integers(self, pixels: np.ndarray, given: Mapping[str, np.ndarray] = {}) -> Mapping[str, np.ndarray]:
+        return self._interpreter.run(pixels, outputs=self._names, given=given)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         logits: np.ndarray = self.integers(pixels)["logits"]
@@ -34,5 +34,5 @@ class Altered(Undamaged):
         super().__init__(model)
         self._change = change
 
-    def integers(self, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
-        return self._change(dict(super().integers(pixels)))
+    def integers(self, pixels: np.ndarray, given: Mapping[str, np.ndarray] = {}) -> Mapping[str, np.ndarray]:
+        return self._change(dict(super().integers(pixels, given)))

@@ -10,7 +10,9 @@ from qdq_models import images, replace, residual_network
 from references import Altered, Undamaged
 
 from mecdeploy.runtime_checks import CheckError, check_model, inspect_structure, read_model
-from mecdeploy.runtime_checks.exactness import Tally, compare_exactly, differences, explain
+from mecdeploy.runtime_checks.exactness import compare_exactly
+from mecdeploy.runtime_checks.sentences import explain_exactness
+from mecdeploy.runtime_checks.tally import Tally, differences
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +233,7 @@ def test_differences_do_not_wrap():
 def test_sentences_follow_the_pairs(model, pairs, sentence):
     file = read_model(model.SerializeToString())
     exact = compare_exactly(file, images(0, 2), Undamaged(model))
-    assert explain(exact) == []
+    assert explain_exactness(exact) == []
     row = changed(
         exact.units[3],
         different=1,
@@ -240,9 +242,9 @@ def test_sentences_follow_the_pairs(model, pairs, sentence):
         onnxruntime_vs_interpreter=pairs[2],
     )
     units = (*exact.units[:3], row, *exact.units[4:])
-    found = explain(changed(exact, units=units), float_products=(row.name,))
+    found = explain_exactness(changed(exact, units=units), float_products=(row.name,))
     assert (
         len(found) == 1 and found[0].startswith("block.conv2 is the first unit that differs") and sentence in found[0]
     )
-    exposed = explain(changed(exact, exposed_logits_different=3))
+    exposed = explain_exactness(changed(exact, exposed_logits_different=3))
     assert exposed[0].startswith("3 logits change when the units are made graph outputs")

@@ -58,7 +58,7 @@ def test_exposing_units_leaves_the_kernels_and_the_logits_alone():
     model = residual_network()
     file = read_model(model.SerializeToString())
     exposed = read_model(model.SerializeToString())
-    exposed.proto.CopyFrom(expose(file.proto, file.units))
+    exposed.proto.CopyFrom(expose(file, file.units))
     kinds = [Counter(node.op_type for node in optimized_graph(item).node) for item in (file, exposed)]
     for kind in (
         *INTEGER_PRODUCTS,
