@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -100,19 +101,16 @@ def attention_graph(weight_bits: int = 4, act_bits: int = 4, *, seed: int = 20, 
     (first,) = make.island("first", [stream, gemm("back", active, 12)], piece(FIRST, **norm), y=(12,))
     codes = make.quantize("classifier.in", first, 8)
     make.gemm("classifier", codes, 10, weight_bits=8, act_bits=None, output="scores" if calm else None)
-    return ended_by_island(make.graph(), "calm", "scores", piece(CALM)) if calm else make.graph()
+    return _ended_by_island(make.graph(), "calm", "scores", piece(CALM)) if calm else make.graph()
 
 
-def ended_by_island(graph: IntegerGraph, name: str, source: str, ending: GraphProto) -> IntegerGraph:
+def _ended_by_island(graph: IntegerGraph, name: str, source: str, ending: GraphProto) -> IntegerGraph:
     """The graph with an island behind `source` that writes the logits."""
     island = FloatIsland(
         name=name, inputs=(source,), outputs=("logits",), graph=ending, operators=("log_softmax",), reason="a test"
     )
-    logits = {"logits": type(graph.values[source])(name="logits", shape=graph.values[source].shape, quantization=None)}
-    return type(graph)(
-        name=graph.name, input=graph.input, output="logits", values={**graph.values, **logits},
-        nodes=(*graph.nodes, island),
-    )  # fmt: skip
+    values = {**graph.values, "logits": replace(graph.values[source], name="logits")}
+    return replace(graph, values=values, nodes=(*graph.nodes, island))
 
 
 def island_graph(text: str, *, act_bits: int = 8, seed: int = 21, **constants: np.ndarray) -> IntegerGraph:
