@@ -3,6 +3,7 @@
 The public API, loaded on first use so that `import mecdeploy` costs nothing:
 
     train(config, out)              a run folder with checkpoints
+    sensitivity(run, size=...)      which layers need their bits, and widths for a size
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
     predict(model, images)          onnxruntime alone
@@ -26,7 +27,7 @@ if not (Path(__file__).parent / "training").is_dir():
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mecdeploy.api import ExportReport, check, export, train
+    from mecdeploy.api import ExportReport, SensitivityReport, check, export, sensitivity, train
     from mecdeploy.config import read_config
     from mecdeploy.prediction import Prediction, predict
     from mecdeploy.training.calibration import calibrate
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from mecdeploy.training.preparation import prepare
 
 _HOMES = {
-    "mecdeploy.api": ("ExportReport", "check", "train"),
+    "mecdeploy.api": ("ExportReport", "SensitivityReport", "check", "sensitivity", "train"),
     "mecdeploy.config": ("read_config",),
     "mecdeploy.prediction": ("Prediction", "predict"),
     "mecdeploy.training.config": (
@@ -71,6 +72,7 @@ __all__ = [
     "QuantConfig",
     "QuantizedModel",
     "ScheduleConfig",
+    "SensitivityReport",
     "TrainConfig",
     "__version__",
     "calibrate",
@@ -79,6 +81,7 @@ __all__ = [
     "predict",
     "prepare",
     "read_config",
+    "sensitivity",
     "train",
 ]
 

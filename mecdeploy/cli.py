@@ -74,6 +74,33 @@ def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any
         click.echo(f"Next: mecdeploy export {out}")
 
 
+@cli.command(short_help="Measure which layers need their bits; propose widths for a size.")
+@click.argument("run", type=_PATH)
+@click.option(
+    "--size", metavar="SIZE", help="Of the packed weights: 40000, 1.2MB, 70% of 8 bits. Default: the run's own."
+)
+@click.option("--images", type=click.IntRange(min=2), default=1024, show_default=True, help="How many to measure on.")
+@click.option("--activations", is_flag=True, help="Measure the activations, too.")
+@click.option("--device", default="auto", show_default=True, metavar="[auto|cpu|cuda]", help="Where to measure.")
+@click.option("--out", type=_PATH, metavar="FILE.toml", help="Settings with the widths. Default: RUN/sensitivity.toml.")
+def sensitivity(run: Path, size: str | None, images: int, activations: bool, device: str, out: Path | None) -> None:
+    """Measure what each layer of RUN loses at fewer bits, and propose weight bits per layer for a size."""
+    from mecdeploy import api, progress, tables
+
+    _say_what_is_executed(_network_of(run))
+    with progress.checking_progress(_console(sys.stderr)) as report_progress:
+        report = api.sensitivity(
+            run, size=size, images=images, activations=activations, out=out, device=device, progress=report_progress
+        )
+    console = _console(sys.stdout)
+    console.print(tables.sensitivity(report.study))
+    if report.study.activations:
+        console.print(tables.activation_sensitivity(report.study))
+    console.print(tables.mixed_precision(report.study))
+    click.echo(f"Everything measured: {report.measurements}")
+    click.echo(f"Next: mecdeploy train --config {report.settings} --out {run}-mixed")
+
+
 @cli.command(short_help="Write a finished run as one ONNX file.")
 @click.argument("run", type=_PATH)
 @click.option("--bits", type=int, metavar=_BITS, help="Pack low-bit weights at this width. Default: as trained.")

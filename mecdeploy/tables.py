@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mecdeploy.demo import DemoResult
     from mecdeploy.runtime_checks import ParityReport
     from mecdeploy.training.loop import TrainResult
+    from mecdeploy.training.sensitivity import Study
+    from mecdeploy.training.sensitivity_bench import Sensitivity
 
 
 def training(result: TrainResult, method: str) -> Table:
@@ -67,6 +69,60 @@ def _add_islands(table: Table, report: ParityReport) -> None:
     table.add_row("... float operators in onnxruntime", _tally(report.float_operators))
 
 
+def sensitivity(study: Study) -> Table:
+    """Cross entropy that each layer alone costs at each width, the most sensitive first, and the bits it is to have."""
+    widths = sorted(study.layers[0].changes)
+    table = _dense_table("layer", "weights", *(f"{bits} bits" for bits in widths), "bits")
+    for layer in _most_sensitive_first(study.layers):
+        table.add_row(layer.name, f"{layer.weights:,}", *_costs(layer), str(study.bits[layer.name]))
+    table.caption = (
+        f"Increase of cross entropy (nats, mean ± standard error over {study.images:,} training images) with the "
+        "weights of this layer alone at so many bits and all else at 8."
+    )
+    return table
+
+
+def activation_sensitivity(study: Study) -> Table:
+    """The same for what layers read."""
+    table = _dense_table("output of", *(f"{bits} bits" for bits in sorted(study.activations[0].changes)))
+    for activation in _most_sensitive_first(study.activations):
+        table.add_row(activation.name, *_costs(activation))
+    table.caption = "The same with this activation alone at so many bits, where layers read it."
+    return table
+
+
+def mixed_precision(study: Study) -> Table:
+    """The proposed widths measured as a whole, beside the run's own and the uniform ones."""
+    table = _dense_table("weights of all layers", "size", "cross entropy", "accuracy", "accuracy, points")
+    full = study.float_score
+    table.add_row("full precision", "", "", _percent(full.accuracy), "")
+    for network in study.networks:
+        change = network.change
+        table.add_row(
+            network.name,
+            _bytes(network.size),
+            _measured(change.cross_entropy, change.cross_entropy_error),
+            _percent(network.score.accuracy),
+            _measured(100 * change.accuracy, 100 * change.accuracy_error, digits=2),
+            style="bold" if network is study.networks[0] else None,
+        )
+    table.caption = (
+        f"Changes are from all at 8 bits, before any training at these widths. Budget: {_bytes(study.budget)}. "
+        f"By the sum of its layers the proposal should cost {study.predicted:.3f}."
+    )
+    return table
+
+
+def _most_sensitive_first(found: Sequence[Sensitivity]) -> list[Sensitivity]:
+    """By the cost of the narrowest width."""
+    return sorted(found, key=lambda one: -one.changes[min(one.changes)].cross_entropy)
+
+
+def _costs(found: Sensitivity) -> list[str]:
+    ordered = (found.changes[bits] for bits in sorted(found.changes))
+    return [_measured(change.cross_entropy, change.cross_entropy_error) for change in ordered]
+
+
 def demo(result: DemoResult) -> Table:
     """The pipeline's figures side by side."""
     report = result.parity
@@ -97,6 +153,13 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
+def _dense_table(first: str, *others: str) -> Table:
+    """One space between columns, so that many fit into 80."""
+    table = _table(first, *others)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    return table
+
+
 def _count(bits: Mapping[str, int]) -> str:
     """2 bits: 17, 8 bits: 2."""
     return ", ".join(f"{width} bits: {count}" for width, count in sorted(Counter(bits.values()).items()))
@@ -111,6 +174,11 @@ def _tally(counts: Mapping[str, int], most: int = 8) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.2%}"
+
+
+def _measured(mean: float, error: float, digits: int = 3) -> str:
+    """A mean and its standard error: 0.148 ±0.017. Never -0.000."""
+    return f"{round(mean, digits) + 0.0:.{digits}f} ±{error:.{digits}f}"
 
 
 def _bytes(size: int) -> str:
