@@ -37,9 +37,21 @@ def _check_nothing_more(node: Quantize | Dequantize, graph: IntegerGraph) -> Non
     """No rule beyond wiring and shape."""
 
 
+def _check_padding(node: MaxPool | AveragePool) -> None:
+    """Onnxruntime does not load others."""
+    top, left, bottom, right = node.padding
+    if max(top, bottom) >= node.kernel[0] or max(left, right) >= node.kernel[1]:
+        refuse(node, f"pads by {node.padding} for windows of {node.kernel}; each side must be below the window's size")
+
+
 def _check_unchanged(node: MaxPool | Flatten | Transpose | Slice | Reshape, graph: IntegerGraph) -> None:
     if graph.values[node.input].quantization != graph.values[node.output].quantization:
         refuse(node, f"moves codes from {node.input} to {node.output}; their quantizations must be equal")
+
+
+def _check_max_pool(node: MaxPool, graph: IntegerGraph) -> None:
+    _check_padding(node)
+    _check_unchanged(node, graph)
 
 
 def _check_reshape(node: Reshape, graph: IntegerGraph) -> None:
@@ -86,10 +98,8 @@ def _check_elementwise(node: Elementwise, graph: IntegerGraph) -> None:
 
 
 def _check_average_pool(node: AveragePool, graph: IntegerGraph) -> None:
-    """Every window holds a place of the image; one as large as the image runs in the kernel of global means."""
-    top, left, bottom, right = node.padding
-    if max(top, bottom) >= node.kernel[0] or max(left, right) >= node.kernel[1]:
-        refuse(node, f"pads by {node.padding} for windows of {node.kernel}; each side must be below the window's size")
+    """A window as large as the image runs in the kernel of global means, and has its limits too."""
+    _check_padding(node)
     read, written = quantization_of(graph, node.input), quantization_of(graph, node.output)
     if problem := ratio_problem(read.scale, written, LARGEST_SUM_RATIO):
         refuse(node, problem)
@@ -146,7 +156,7 @@ RULES: dict[type[Any], Callable[[Any, IntegerGraph], None]] = {
     Gemm: check_gemm,
     Add: _check_add,
     Elementwise: _check_elementwise,
-    MaxPool: _check_unchanged,
+    MaxPool: _check_max_pool,
     AveragePool: _check_average_pool,
     GlobalAveragePool: _check_mean,
     Flatten: _check_unchanged,

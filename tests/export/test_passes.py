@@ -10,10 +10,11 @@ import pytest
 from graph_maker import Maker
 from handmade_graphs import pixels_for, residual_graph
 from integer_witness import evaluate
+from island_graphs import attention_graph
 from onnx_sessions import expose_units, run
 
 from mecdeploy.export import ExportConfig, ExportError, compile_graph, export_model
-from mecdeploy.export.graph import Add, Conv, Gemm, IntegerGraph, MaxPool, Weight
+from mecdeploy.export.graph import Add, Conv, Gemm, IntegerGraph, MaxPool, Weight, outputs_of
 from mecdeploy.export.passes import PASSES, run_passes
 from mecdeploy.export.passes.choose_packed_bits import choose_packed_bits
 from mecdeploy.export.passes.remove_dead_nodes import remove_dead_nodes
@@ -69,6 +70,19 @@ def test_remove_dead_nodes_keeps_a_graph_that_needs_everything() -> None:
     cleaned = remove_dead_nodes(graph, CONFIG)
     assert cleaned.nodes == graph.nodes
     assert cleaned.values == graph.values
+
+
+def test_remove_dead_nodes_keeps_an_island_whole_and_drops_one_that_nothing_reads() -> None:
+    graph = attention_graph(calm=True)
+    pruned = remove_dead_nodes(replace(graph, output="scores"), CONFIG)
+    assert [node.name for node in pruned.nodes] == [node.name for node in graph.nodes[:-1]]
+    assert pruned.values.keys() == graph.values.keys() - {"logits"}
+    # the residual stream is read no more, and stays an output of the island that makes it
+    nodes = tuple(replace(node, inputs=("out", "back")) if node.name == "first" else node for node in graph.nodes)
+    kept = run_passes(replace(graph, nodes=nodes), CONFIG, [remove_dead_nodes])
+    (residual,) = (node for node in kept.nodes if node.name == "residual")
+    assert outputs_of(residual) == ("residual.total", "residual.normed")
+    assert "residual.total" in kept.values
 
 
 def test_split_add_outputs_makes_one_add_per_output_in_place() -> None:

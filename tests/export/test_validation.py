@@ -5,59 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
+from damages import Damage, node, value, weight
 from handmade_graphs import depthwise_graph, odd_graph, residual_graph, tie_graph
 
 from mecdeploy.export import ExportError, validate_graph
-from mecdeploy.export.graph import IntegerGraph, Node, Value
-
-Damage = Callable[[IntegerGraph], IntegerGraph]
+from mecdeploy.export.graph import IntegerGraph, Value
 
 
 @pytest.mark.parametrize("build", [residual_graph, depthwise_graph, odd_graph, tie_graph])
 def test_sound_graphs_pass(build: Callable[[], IntegerGraph]) -> None:
     validate_graph(build())
-
-
-def node(name: str, /, **changes: Any) -> Damage:
-    """Change fields of one node."""
-
-    def damage(graph: IntegerGraph) -> IntegerGraph:
-        assert any(one.name == name for one in graph.nodes)
-        nodes: tuple[Node, ...] = tuple(replace(one, **changes) if one.name == name else one for one in graph.nodes)
-        return replace(graph, nodes=nodes)
-
-    return damage
-
-
-def weight(name: str, /, **changes: Any) -> Damage:
-    """Change fields of one node's weight; a callable makes the new field from the old one."""
-
-    def damage(graph: IntegerGraph) -> IntegerGraph:
-        (old,) = (one.weight for one in graph.nodes if one.name == name)  # type: ignore[union-attr]
-        made = {key: value(getattr(old, key)) if callable(value) else value for key, value in changes.items()}
-        return node(name, weight=replace(old, **made))(graph)
-
-    return damage
-
-
-def value(name: str, /, **changes: Any) -> Damage:
-    """Change fields of one value, or of its quantization."""
-
-    def damage(graph: IntegerGraph) -> IntegerGraph:
-        old = graph.values[name]
-        own = {key: change for key, change in changes.items() if key in ("name", "shape", "quantization")}
-        if len(own) < len(changes):
-            assert old.quantization is not None
-            own["quantization"] = replace(
-                old.quantization, **{key: change for key, change in changes.items() if key not in own}
-            )
-        return replace(graph, values={**graph.values, name: replace(old, **own)})
-
-    return damage
 
 
 def drop_value(name: str) -> Damage:
@@ -116,6 +76,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "written twice": (node("block1.conv2", output="block1.conv1"), "Conv block1.conv2: writes block1.conv1, which is"),
     "same output twice": (node("block1.add", outputs=("block1.add/act",) * 2), "Add block1.add: writes block1.add/act"),
     "float inside": (value("stem", quantization=None), "Conv stem: writes stem without a quantization; onnxruntime"),
+    "qmin": (value("stem", qmin=3), "value stem: qmin is 3; 0 or, after a ReLU, the zero_point is due"),
+    "add too far": (
+        value("block2.add/act", scale=float(np.float32(1e-9))),
+        "Add block2.add: input scale / output scale is",
+    ),
     "add shapes": (node("block2.add", inputs=("block2.conv2", "pixels")), "adds block2.conv2 (11, 3, 3) and pixels"),
     "shape": (
         value("stem", shape=(8, 11, 8)),
@@ -127,6 +92,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "stride": (node("block1.conv1", stride=(0, 1)), "Conv block1.conv1: kernel (3, 3), stride (0, 1), dilation (1, 1)"),
     "kernel": (node("maxpool", kernel=(0, 2)), "MaxPool maxpool: kernel (0, 2), stride (2, 2)"),
     "padding": (node("maxpool", padding=(1, 1, 0, -1)), "paddings at 0"),
+    "max pool of padding": (
+        node("maxpool", padding=(3, 0, 0, 1), kernel=(3, 2)),
+        "MaxPool maxpool: pads by (3, 0, 0, 1) for windows of (3, 2); each side must be below the window's size",
+    ),
     "kernel too large": (node("block1.conv1", dilation=(9, 1)), "a window of 19 does not fit the padded input of 8"),
     "codes type": (weight("stem", codes=lambda codes: codes.astype(np.int16)), "Conv stem: has int16 weight codes"),
     "codes rank": (weight("stem", codes=lambda codes: codes[0]), "Conv stem: weight codes have shape (3, 3, 3)"),
