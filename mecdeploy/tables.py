@@ -65,7 +65,7 @@ def _add_islands(table: Table, report: ParityReport) -> None:
     operators = Counter(operator for island in report.islands for operator in island.operators)
     different, compared = (sum(getattr(row, key) for row in report.islands) for key in ("different", "compared"))
     table.add_row("float islands", f"{report.float_islands}: {_tally(operators)}")
-    table.add_row("... integers quantised from them", f"{compared:,}, {different:,} of them one step apart")
+    table.add_row("... integers quantised from them", f"{compared:,}, {different:,} differ")
     table.add_row("... float operators in onnxruntime", _tally(report.float_operators))
 
 

@@ -38,6 +38,8 @@ def compare_accuracy(
                 f"{file.label}: logits are {list(theirs.shape[1:])}, the trained network's {list(ours.shape[1:])}. "
                 "Export the run that is checked."
             )
+        if ours.ndim != 2:
+            raise CheckError(f"{file.label}: logits are {list(ours.shape)}; a classifier's are [images, classes].")
         top_torch, top_onnxruntime = ours.argmax(axis=1), theirs.argmax(axis=1)
         correct_torch += int((top_torch == expected).sum())
         correct_onnxruntime += int((top_onnxruntime == expected).sum())

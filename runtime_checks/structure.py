@@ -41,7 +41,8 @@ INT16_MAX = 32767
 NOT_FLOAT = frozenset(
     {
         *INTEGER_PRODUCTS, "QuantizeLinear", "DequantizeLinear", "MaxPool", "NhwcMaxPool", "Clip", "Flatten", "Reshape",
-        "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Gather", "Identity", "Shape", "Constant",
+        "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Gather", "Expand", "Tile", "Cast", "Identity", "Shape",
+        "Constant",
     }
 )  # fmt: skip
 """Integer kernels, and what only moves or selects values; QLinear kernels go by their prefix."""
@@ -172,7 +173,8 @@ def _outside_islands(
 
 
 def _is_float(node: onnx.NodeProto) -> bool:
-    return node.op_type not in NOT_FLOAT and not node.op_type.startswith("QLinear")
+    copies = node.op_type == "Sum" and len(node.input) == 1
+    return node.op_type not in NOT_FLOAT and not node.op_type.startswith("QLinear") and not copies
 
 
 def _count(nodes: Iterable[onnx.NodeProto]) -> dict[str, int]:

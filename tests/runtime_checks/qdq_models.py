@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-
-STORAGES = ("int8", "int4", "int2", "table2", "table3", "table4")
-STORED_BITS = {"int8": 8, "int4": 4, "int2": 2, "table2": 2, "table3": 3, "table4": 4}
+from qdq_storage import STORED_BITS, store
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,7 @@ class Tensor:
     scale: np.float32
     zero_point: int
     qmax: int
+    qmin: int = 0
 
 
 @dataclass
@@ -36,6 +35,8 @@ class Builder:
     units: list[str] = field(default_factory=list)
     activation_bits: dict[str, int] = field(default_factory=dict)
     weight_bits: dict[str, int] = field(default_factory=dict)
+    float_values: list[str] = field(default_factory=list)
+    islands: dict[str, Any] = field(default_factory=dict)
     has_int2: bool = False
 
     # ---- pieces -------------------------------------------------------------------------------------------------
@@ -63,14 +64,16 @@ class Builder:
         return self.node("DequantizeLinear", [x.name, *self._parameters(x)], f"{x.name}/real.{reader}")
 
     def quantize(self, real: str, y: Tensor) -> Tensor:
-        name = y.name if y.qmax == 255 else f"{y.name}/unclipped"
+        name = y.name if (y.qmin, y.qmax) == (0, 255) else f"{y.name}/unclipped"
         self.node("QuantizeLinear", [real, *self._parameters(y)], name)
-        if y.qmax != 255:
-            self.constant(f"{y.name}/qmax", y.qmax, np.uint8)
-            self.node("Clip", [name, "", f"{y.name}/qmax"], y.name)
-        return self._unit(y)
+        if name != y.name:
+            low = self.constant(f"{y.name}/qmin", y.qmin, np.uint8) if y.qmin else ""
+            high = self.constant(f"{y.name}/qmax", y.qmax, np.uint8) if y.qmax != 255 else ""
+            self.node("Clip", [name, low, high], y.name)
+        return self.unit(y)
 
-    def _unit(self, y: Tensor) -> Tensor:
+    def unit(self, y: Tensor) -> Tensor:
+        """List the tensor among those compared."""
         self.units.append(y.name)
         self.activation_bits[y.name] = y.qmax.bit_length()
         return y
@@ -106,7 +109,7 @@ class Builder:
         bias: bool = True,
     ) -> Tensor:
         weight_shape = (channels, x.shape[0] // groups, *kernel)
-        inputs, spread = self._product_inputs(name, x, weight_shape, storage, per_channel, bias, axis=0)
+        inputs, spread = self.product_inputs(name, x, weight_shape, storage, per_channel, bias, axis=0)
         sizes = [
             (size + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
             for i, size in enumerate(x.shape[1:])
@@ -120,7 +123,7 @@ class Builder:
     ) -> Tensor:  # fmt: skip
         shape = (features, x.shape[0]) if transposed else (x.shape[0], features)
         axis = 0 if transposed else 1
-        inputs, spread = self._product_inputs(name, x, shape, storage, per_channel, True, axis)
+        inputs, spread = self.product_inputs(name, x, shape, storage, per_channel, True, axis)
         if to_logits:
             self.node("Gemm", inputs, "logits", transB=int(transposed))
             return Tensor("logits", (features,), np.float32(0), 0, 0)
@@ -147,11 +150,12 @@ class Builder:
         if through_real:
             return self.quantize(self.node(op, [self.dequantize(x, name), *shapes], f"{name}/float", **attributes), y)
         self.node(op, [x.name, *shapes], name, **attributes)
-        return self._unit(y)
+        return self.unit(y)
 
-    def _product_inputs(
+    def product_inputs(
         self, name: str, x: Tensor, shape: tuple[int, ...], storage: str, per_channel: bool, bias: bool, axis: int
     ) -> tuple[list[str], float]:
+        """The reals of x, the weight and the bias, and the standard deviation to expect of the product."""
         bits = STORED_BITS[storage]
         channels = shape[axis]
         low = -(2 ** (bits - 1))
@@ -159,7 +163,7 @@ class Builder:
         codes = self.rng.integers(low // 2 if bits == 8 else low, (-low) // 2 if bits == 8 else -low, shape)
         codes = codes.astype(np.int8)
         scales = np.array([self.scale(0.02) for _ in range(channels if per_channel else 1)], np.float32)
-        self._store(f"{name}/weight", codes, storage)
+        store(self, f"{name}/weight", codes, storage)
         weight_scale = scales if per_channel else scales[0]
         zero = np.zeros(channels, np.int8) if per_channel else np.int8(0)
         parameters = [self.constant(f"{name}/weight/scale", weight_scale, np.float32)]
@@ -176,43 +180,6 @@ class Builder:
             inputs.append(self.node("DequantizeLinear", source, f"{name}/bias/real", axis=0))
         self.weight_bits[name] = bits
         return inputs, float(spread_in_steps * x.scale * scales.mean())
-
-    def _store(self, name: str, codes: np.ndarray, storage: str) -> None:
-        """Write int8 `codes` under `name` in one of the storages."""
-        flat = codes.reshape(-1)
-        if storage == "int8":
-            self.constant(name, codes)
-            return
-        if storage in ("int4", "int2"):
-            bits = STORED_BITS[storage]
-            kind = TensorProto.INT4 if storage == "int4" else TensorProto.INT2
-            self.has_int2 |= storage == "int2"
-            data = _packed_bytes(flat & (2**bits - 1), bits)
-            self.initializers[f"{name}/packed"] = helper.make_tensor(
-                f"{name}/packed", kind, codes.shape, data, raw=True
-            )
-            self.node("Cast", [f"{name}/packed"], name, to=TensorProto.INT8)
-            return
-        bits = STORED_BITS[storage]
-        per_code = 5 if bits == 3 else 8 // bits
-        offset = 2 ** (bits - 1)
-        padded = np.zeros(-(-flat.size // per_code) * per_code, np.int64)
-        padded[: flat.size] = flat.astype(np.int64) + offset
-        fields = padded.reshape(-1, per_code)
-        packed = (fields << (bits * np.arange(per_code))).sum(axis=1)
-        self.constant(f"{name}/packed", packed, np.uint16 if bits == 3 else np.uint8)
-        rows = np.arange(2 ** (bits * per_code))
-        table = ((rows[:, None] >> (bits * np.arange(per_code))) & (2**bits - 1)) - offset
-        self.constant(f"table{bits}", table, np.int8)
-        self.node("Cast", [f"{name}/packed"], f"{name}/index", to=TensorProto.INT32)
-        self.node("Gather", [f"table{bits}", f"{name}/index"], f"{name}/rows", axis=0)
-        source = f"{name}/rows"
-        if padded.size != flat.size:
-            self.node("Reshape", [source, self.constant("shape/flat", [-1], np.int64)], f"{name}/flat")
-            limits = [self.constant("slice/start", [0], np.int64)]
-            limits.append(self.constant(f"{name}/count", [flat.size], np.int64))
-            source = self.node("Slice", [f"{name}/flat", *limits], f"{name}/codes")
-        self.node("Reshape", [source, self.constant(f"{name}/shape", codes.shape, np.int64)], name)
 
     # ---- the file -----------------------------------------------------------------------------------------------
 
@@ -247,18 +214,11 @@ class Builder:
                 "width": width,
             },
         }
+        if self.islands:
+            described |= {"float_values": self.float_values, "islands": self.islands}
         properties = {f"mecdeploy.{key}": json.dumps(value) for key, value in described.items()}
         helper.set_model_props(model, {"mecdeploy.format": "1", "mecdeploy.target": "onnxruntime", **properties})
         return model
-
-
-def _packed_bytes(fields: np.ndarray, bits: int) -> bytes:
-    """Fields of `bits` bits, lowest first in each byte."""
-    per_byte = 8 // bits
-    padded = np.zeros(-(-fields.size // per_byte) * per_byte, np.uint8)
-    padded[: fields.size] = fields.astype(np.uint8)
-    packed = (padded.reshape(-1, per_byte).astype(np.int64) << (bits * np.arange(per_byte))).sum(axis=1)
-    return packed.astype(np.uint8).tobytes()
 
 
 def _pooled(

@@ -7,30 +7,13 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_operator import one_operator
 from onnx import TensorProto, helper, numpy_helper
 
 from mecdeploy.runtime_checks import arithmetic
 
 SCALES = st.floats(min_value=2.0**-14, max_value=2.0**4, width=32)
 CODES = st.integers(0, 255)
-
-
-def one_operator(op, sources, target, shape, **attributes):
-    """A session of DequantizeLinear -> op -> QuantizeLinear. sources, target: (scale, zero_point)."""
-    nodes, constants, inputs = [], [], []
-    for name, (scale, zero_point) in [*zip("ab", sources, strict=False), ("y", target)]:
-        constants.append(numpy_helper.from_array(np.float32(scale), f"{name}.scale"))
-        constants.append(numpy_helper.from_array(np.uint8(zero_point), f"{name}.zero"))
-    for name in "ab"[: len(sources)]:
-        inputs.append(helper.make_tensor_value_info(name, TensorProto.UINT8, ["N", *shape]))
-        nodes.append(helper.make_node("DequantizeLinear", [name, f"{name}.scale", f"{name}.zero"], [f"{name}.real"]))
-    reals = [f"{value.name}.real" for value in inputs]
-    nodes.append(helper.make_node(op, reals, ["y.real"], **attributes))
-    nodes.append(helper.make_node("QuantizeLinear", ["y.real", "y.scale", "y.zero"], ["y"]))
-    output = helper.make_tensor_value_info("y", TensorProto.UINT8, None)
-    graph = helper.make_graph(nodes, op, inputs, [output], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def exact_float32(value: Fraction) -> np.float32:

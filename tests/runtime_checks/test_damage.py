@@ -6,7 +6,8 @@ passes. So these tests damage what is alive, and the last one says that nothing 
 
 import numpy as np
 import pytest
-from qdq_models import STORAGES, Builder, images, initializer, replace, residual_network, to_logits, value_of
+from qdq_models import Builder, images, initializer, replace, residual_network, to_logits, value_of
+from qdq_storage import STORAGES
 from references import Undamaged
 
 from mecdeploy.runtime_checks import CheckError, check_model, read_model

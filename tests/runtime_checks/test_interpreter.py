@@ -5,16 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from qdq_models import (
-    STORAGES,
-    Builder,
-    images,
-    initializer,
-    replace,
-    residual_network,
-    to_logits,
-    value_of,
-)
+from qdq_models import Builder, images, initializer, replace, residual_network, to_logits, value_of
+from qdq_storage import STORAGES
 
 from mecdeploy.runtime_checks import CheckError, Interpreter, inspect_structure, interpret, read_model
 from mecdeploy.runtime_checks.runtime import Runtime

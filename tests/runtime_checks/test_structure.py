@@ -6,17 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from qdq_models import (
-    STORAGES,
-    STORED_BITS,
-    Builder,
-    images,
-    initializer,
-    replace,
-    residual_network,
-    to_logits,
-    value_of,
-)
+from qdq_models import Builder, images, initializer, replace, residual_network, to_logits, value_of
+from qdq_storage import STORAGES, STORED_BITS
 
 from mecdeploy.runtime_checks import CheckError, inspect_structure, read_model
 from mecdeploy.runtime_checks.runtime import Runtime, expose
