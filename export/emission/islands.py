@@ -68,10 +68,15 @@ def _connect(builder: GraphBuilder, value: str, element: int) -> str:
 
 
 def _renamed(node: NodeProto, name: str, rename: Callable[[str], str]) -> NodeProto:
-    """A copy of the node under another name, its tensors and those of graphs inside it renamed."""
+    """A copy of the node under another name, its tensors and those of graphs inside it renamed.
+
+    Without what exporters write beside it: stack traces of the machine they ran on.
+    """
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.name = name
+    copy.ClearField("doc_string")
+    copy.ClearField("metadata_props")
     copy.input[:] = map(rename, node.input)
     copy.output[:] = map(rename, node.output)
     for inner in _inner_graphs(copy):

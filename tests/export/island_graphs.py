@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -122,8 +121,3 @@ def island_graph(text: str, *, act_bits: int = 8, seed: int = 21, **constants: n
     flat = make.flatten("flat", make.pool("pool", after, 8))
     make.gemm("classifier", flat, 10, weight_bits=8, act_bits=None)
     return make.graph()
-
-
-def constants_of(graph: GraphProto) -> Mapping[str, np.ndarray]:
-    """Every initialiser by its name."""
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from handmade_graphs import depthwise_graph, odd_graph, residual_graph
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
+from onnx_files import constants, exported, writers
 from onnx_sessions import metadata_of
 
 import mecdeploy
@@ -22,18 +23,6 @@ from mecdeploy.export.weight_rules import STORAGE_BITS
 
 BITS = (2, 3, 4, 8)
 TARGETS = ("onnxruntime", "portable")
-
-
-def exported(graph: IntegerGraph, **options: object) -> onnx.ModelProto:
-    return onnx.load_from_string(export_model(graph, ExportConfig(**options), {}))  # type: ignore[arg-type]
-
-
-def writers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    return {node.output[0]: node for node in model.graph.node}
-
-
-def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 def test_every_node_type_and_every_storage_has_its_function() -> None:

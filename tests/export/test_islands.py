@@ -11,8 +11,9 @@ import onnx
 import pytest
 from handmade_graphs import pixels_for, residual_graph
 from integer_witness import evaluate
-from island_graphs import attention_graph, constants_of, island_graph
+from island_graphs import attention_graph, island_graph
 from onnx.reference import ReferenceEvaluator
+from onnx_files import constants, exported, writers
 from onnx_sessions import expose_units, kernels, metadata_of, optimized, run
 
 from mecdeploy.export import ExportConfig, export_model
@@ -21,10 +22,6 @@ from mecdeploy.export.graph import FloatIsland, IntegerGraph, Quantize
 TARGETS = ("onnxruntime", "portable")
 OWN_OPSET = 21
 """What the islands here are written for."""
-
-
-def exported(graph: IntegerGraph, **options: object) -> onnx.ModelProto:
-    return onnx.load_from_string(export_model(graph, ExportConfig(**options), {}))  # type: ignore[arg-type]
 
 
 def float_values(graph: IntegerGraph) -> list[str]:
@@ -122,11 +119,20 @@ def test_constants_are_stored_once_and_only_where_read() -> None:
         a = InstanceNormalization(x, gain, same)
         y = Tanh(a)
     }"""
-    stored = constants_of(exported(island_graph(text, **spare)).graph)
+    stored = constants(exported(island_graph(text, **spare)))
     assert [name for name in stored if name.startswith("island/")] == ["island/gain"]
-    attention = constants_of(exported(attention_graph()).graph)
+    attention = constants(exported(attention_graph()))
     # three LayerNormalizations of one gain and one shift
     assert [name for name in attention if name.endswith(("gain", "shift"))] == ["embed/gain", "embed/shift"]
+
+
+def test_what_an_exporter_wrote_beside_nodes_stays_out() -> None:
+    graph = attention_graph()
+    for island in (node for node in graph.nodes if isinstance(node, FloatIsland)):
+        for inner in island.graph.node:
+            inner.doc_string = "line 1 of /home/someone"
+            inner.metadata_props.add(key="stack_trace", value="line 2 of /home/someone")
+    assert b"/home/someone" not in export_model(graph, ExportConfig(), {})
 
 
 @pytest.mark.parametrize("graph", [attention_graph(), attention_graph(calm=True)], ids=["plain", "calm"])
@@ -193,7 +199,5 @@ def test_one_tensor_as_two_outputs() -> None:
     twice.output.append(twice.output[0])
     values = {**graph.values, "copy": replace(graph.values["logits"], name="copy")}
     nodes = (*graph.nodes[:-1], replace(calm, outputs=("logits", "copy"), graph=twice))
-    made = {
-        name: node for node in exported(replace(graph, values=values, nodes=nodes)).graph.node for name in node.output
-    }
+    made = writers(exported(replace(graph, values=values, nodes=nodes)))
     assert (made["logits"].op_type, made["copy"].op_type, list(made["copy"].input)) == ("LogSoftmax", "Sum", ["logits"])
