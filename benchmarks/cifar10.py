@@ -25,12 +25,12 @@ WIDTHS = (4, 2)
 def plan(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name of each run -> what it changes in the config, in the order in which they must run."""
     runs: dict[str, dict[str, Any]] = {
-        "fp32": {"method": "fp32", "bits": 8, "init": "", "fp_epochs": arguments.fp_epochs}
+        "fp32": {"method": "fp32", "bits": 8, "weights": "", "fp_epochs": arguments.fp_epochs}
     }
     for bits in WIDTHS:
         for method in METHODS:
-            init = str(arguments.out / "fp32" / FINAL)
-            runs[f"{method}-w{bits}a{bits}"] = {"method": method, "bits": bits, "init": init, "fp_epochs": 0}
+            weights = str(arguments.out / "fp32" / FINAL)
+            runs[f"{method}-w{bits}a{bits}"] = {"method": method, "bits": bits, "weights": weights, "fp_epochs": 0}
     return runs
 
 
@@ -42,7 +42,7 @@ def run_config(arguments: argparse.Namespace, change: dict[str, Any]) -> Any:
         method=change["method"],
         seed=arguments.seed,
         device=arguments.device,
-        init=change["init"],
+        weights=change["weights"],
         data=mecdeploy.DataConfig(name=arguments.data),
         model=mecdeploy.ModelConfig(name=arguments.model),
         quant=mecdeploy.QuantConfig(weight_bits=change["bits"], act_bits=change["bits"]),
@@ -115,7 +115,7 @@ def float_bytes(folder: Path, config: Any) -> int:
 
     header = read_header(folder / FINAL)
     spec = {key: header["input"][key] for key in ("channels", "height", "width")}
-    model = build_model(config.model, num_classes=len(header["class_names"]), **spec)
+    model = build_model(config.network, num_classes=len(header["class_names"]), **spec)
     load_initial_weights(model, folder / FINAL)
     return len(float_onnx(model.eval(), **spec))
 
@@ -123,7 +123,7 @@ def float_bytes(folder: Path, config: Any) -> int:
 def comparable(config: Any) -> dict[str, Any]:
     """The config without where things lie on this machine."""
     described: dict[str, Any] = config.describe()
-    described["init"] = Path(described["init"]).name
+    described["weights"] = Path(described["weights"]).name
     described["data"].pop("root")
     described["data"]["name"] = described["data"]["name"].partition(":")[0]
     return described

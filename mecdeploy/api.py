@@ -248,7 +248,7 @@ def _run_folder(run: str | Path | QuantizedModel) -> run_folder.RunFolder | None
 def _load(folder: run_folder.RunFolder) -> LoadedRun:
     from mecdeploy.training.run import load_run
 
-    return load_run(folder.path)
+    return load_run(folder.path, model_name=folder.read_config().model.name)
 
 
 def _on_disk(source: ImageSource) -> NDArray[np.uint8]:

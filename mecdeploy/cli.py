@@ -49,7 +49,9 @@ def cli(context: click.Context) -> None:
 @click.option(
     "--skip-bad-images", "data__skip_bad_images", is_flag=True, default=None, help="Leave out unreadable images."
 )
-@click.option("--model", "model__name", metavar="NAME", help="resnet8, resnet20, resnet18, mobilenet_v2, ...")
+@click.option(
+    "--model", "model__name", metavar="NAME", help="resnet8, ..., any torchvision classifier, or FILE.py:FACTORY."
+)
 @click.option("--weight-bits", "quant__weight_bits", type=int, metavar=_BITS, help="Weights of the inner layers.")
 @click.option("--act-bits", "quant__act_bits", type=int, metavar=_BITS, help="Activations of the inner layers.")
 @click.option(
@@ -57,7 +59,9 @@ def cli(context: click.Context) -> None:
 )
 @click.option("--epochs", "schedule__epochs", type=int, help="Epochs of quantisation-aware training.")
 @click.option("--fp-epochs", "schedule__fp_epochs", type=int, help="Epochs of full-precision training before it.")
-@click.option("--init", metavar="CKPT", help="Start from these weights: a checkpoint of ours or a state dict.")
+@click.option(
+    "--weights", metavar="NAME|FILE", help="Start from these: torchvision's (DEFAULT, ...), a checkpoint, a state dict."
+)
 @click.option("--device", metavar="[auto|cpu|cuda]", help="Where to train.")
 @click.option("--seed", type=int, help="Fixes every random choice; a CPU run repeats bit for bit.")
 @click.option("--out", type=_PATH, metavar="RUN", help="Folder of the run. Default: runs/<data>-<model>-<method>-...")
@@ -65,6 +69,7 @@ def cli(context: click.Context) -> None:
 def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any) -> None:
     """Train a run: full precision, calibration, quantisation-aware training, a final phase with deployed arithmetic."""
     config, out = _resolve(config_file, out, resume, _settings(flags))
+    _say_what_is_executed(config.model.name)
     from mecdeploy import api, progress, tables
 
     with _interruptible(out), progress.training_progress(_console(sys.stderr)) as report:
@@ -115,6 +120,7 @@ def export(run: Path, bits: int | None, out: Path | None, target: str, input: st
     """Write the finished RUN as one ONNX file with packed low-bit weights."""
     from mecdeploy import api, tables
 
+    _say_what_is_executed(_network_of(run))
     report = api.export(run, out=out, bits=bits, target=target, input=input)
     _console(sys.stdout).print(tables.export(report))
     click.echo(f"Next: mecdeploy check {run}" + ("" if out is None else f" {out}"))
@@ -127,6 +133,7 @@ def check(run: Path, model: Path | None) -> None:
     """Prove that onnxruntime computes from MODEL (default: RUN/model.onnx) the integers that RUN trained."""
     from mecdeploy import api, progress, tables
 
+    _say_what_is_executed(_network_of(run))
     with progress.checking_progress(_console(sys.stderr)) as report_progress:
         report = api.check(run, model, progress=report_progress)
     _console(sys.stdout).print(tables.parity(report))
@@ -245,6 +252,22 @@ def _resolve(config_file: Path | None, out: Path | None, resume: bool, flags: Se
     settings = configs.read_settings(config_file) if config_file is not None else {}
     config = configs.resolve(configs.merge(settings, flags), source=str(config_file or ""))
     return config, out if out is not None else Path("runs") / configs.run_name(config)
+
+
+def _network_of(run: Path) -> str:
+    """model.name in the run's own run.toml."""
+    from mecdeploy.run_folder import require_run
+
+    return require_run(run).read_config().model.name
+
+
+def _say_what_is_executed(model: str) -> None:
+    """Name the file of the user's that this command runs, where the network comes from one."""
+    from mecdeploy.training.names import user_file
+
+    named = user_file(model)
+    if named is not None and named[0].is_file():
+        click.echo(f"Executing {named[0].absolute()} (model.name is {model})", err=True)
 
 
 def _console(stream: Any) -> Console:

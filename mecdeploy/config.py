@@ -5,6 +5,7 @@ Imports no torch, so that a wrong config is refused in a fraction of a second.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -15,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mecdeploy.errors import UserError
 from mecdeploy.training.config import TrainConfig
+from mecdeploy.training.names import may_change, user_file
 
 Settings = dict[str, Any]
 """A config as nested plain values, with only the keys somebody set."""
@@ -69,25 +71,24 @@ def to_toml(config: TrainConfig) -> str:
     return tomli_w.dumps(config.describe())
 
 
-_MAY_CHANGE = ("device", "init", "data.root", "data.download", "data.workers")
-
-
 def require_same_run(config: TrainConfig, started: TrainConfig, run: str) -> None:
     """Refuse to go on with a run under settings that it was not started with; where it runs and reads may change."""
     then = dict(_flatten(started.describe()))
     for key, value in _flatten(config.describe()):
-        if key not in _MAY_CHANGE and value != then.get(key):
+        if value != then.get(key) and not may_change(key, then.get(key), value):
             raise UserError(
                 f"{key} is {value}, but {run} was started with {then.get(key)}. Drop it, or start another run."
             )
 
 
 def run_name(config: TrainConfig) -> str:
-    """A folder name for a run, such as digits-resnet8-mec-w4a4-seed0."""
+    """A folder name for a run, such as digits-resnet8-mec-w4a4-seed0. The network of net.py:make is net-make."""
     kind, _, path = config.data.name.partition(":")
     data = f"{kind}-{Path(path).name}" if path else kind
     bits = "" if config.method == "fp32" else f"-w{config.quant.weight_bits}a{config.quant.act_bits}"
-    return f"{data}-{config.model.name}-{config.method}{bits}-seed{config.seed}"
+    named = user_file(config.model.name)
+    model = config.model.name if named is None else f"{named[0].stem}-{named[1]}"
+    return re.sub(r"[^\w.+-]", "_", f"{data}-{model}-{config.method}{bits}-seed{config.seed}")
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -139,8 +140,13 @@ def _dotted(path: tuple[str, ...], key: str | None = None) -> str:
     return ".".join(path if key is None else (*path, key))
 
 
+_RENAMED = {"init": "weights"}
+
+
 def _did_you_mean(key: str, path: tuple[str, ...]) -> str:
     """The likeliest key: spelt alike in the same section, or spelt so in another one."""
+    if not path and key in _RENAMED:
+        return f"; did you mean {_RENAMED[key]!r}?"
     every = [name for name, _ in _flatten(TrainConfig().describe())] + ["data", "model", "quant", "mec", "schedule"]
     here = {name.removeprefix(_dotted((*path, ""))): name for name in every if name.startswith(_dotted(path))}
     elsewhere = {name.rsplit(".", 1)[-1]: name for name in every}

@@ -126,7 +126,7 @@ def test_every_quantised_run_starts_from_one_checkpoint_with_one_budget(tmp_path
     plan = cifar10.plan(given)
     assert next(iter(plan)) == "fp32"
     configs = {name: cifar10.run_config(given, change) for name, change in plan.items() if name != "fp32"}
-    assert {config.init for config in configs.values()} == {str(tmp_path / "fp32" / "checkpoint-final.safetensors")}
+    assert {config.weights for config in configs.values()} == {str(tmp_path / "fp32" / "checkpoint-final.safetensors")}
     assert {config.schedule for config in configs.values()} == {configs["lsq-w4a4"].schedule}
     assert configs["lsq-w4a4"].schedule.fp_epochs == 0 and configs["lsq-w4a4"].schedule.epochs == 2
     assert configs["mec-w2a2"].quant.weight_bits == configs["mec-w2a2"].quant.act_bits == 2

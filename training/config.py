@@ -6,18 +6,21 @@ Imports no torch, so that the command line can read and refuse a config before i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.names import are_published
 
 BIT_WIDTHS = (2, 3, 4, 8)
+ZERO_POINTS = ("fixed", "learned")
 METHODS = ("mec", "lsq", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 CODED_TENSORS = ("features", "activations", "weights")
 VIEWS = ("one", "augmented", "teacher")
 FORMS = ("mixture", "exact")
 STEMS = ("auto", "small", "standard")
+_RENAMED = {"init": "weights"}  # keys of older checkpoints
 
 
 def _require_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
@@ -65,14 +68,32 @@ class DataConfig:
 class ModelConfig:
     """Which network.
 
-    stem: small (3x3 convolution, stride 1, no max pooling), standard (as published), or auto: small up to 64 pixels.
+    name: resnet8 to resnet56, a classifier of torchvision, or path/to/file.py:factory.
+    stem: small (3x3 convolution, stride 1, no max pooling), standard (as published), or auto: small up to 64 pixels
+    where the network has a small one, and standard with published weights.
+    mean, std: what the network's input is normalised by, one for each channel, for pixels of 0..1; empty for those of
+    the weights, or of the data set where there are none.
     """
 
     name: str = "resnet8"
     stem: str = "auto"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for key in ("mean", "std"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
         _require_choice("model.stem", self.stem, STEMS)
+        if len(self.mean) != len(self.std):
+            raise TrainingError(
+                f"model.mean has {len(self.mean)} values and model.std {len(self.std)}; give both one for each channel."
+            )
+        for mean in self.mean:
+            if not 0.0 <= mean <= 1.0:
+                raise TrainingError(f"model.mean holds {mean}; pixels are 0..1 here, so divide by 255.")
+        for std in self.std:
+            if not 0.0 < std <= 1.0:
+                raise TrainingError(f"model.std holds {std}; pixels are 0..1 here, so it must be positive, at most 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +101,11 @@ class QuantConfig:
     """Bit widths of every unit.
 
     first_last_bits: weights of the first and last layer, and the input of the last.
-    skip_bits: the residual stream: both inputs of an Add and the sum that the next Add reads.
+    skip_bits: whatever other kernels than layers read: the residual stream (both inputs of an Add and the sum that the
+    next Add reads), what is pooled, multiplied or goes through a sigmoid.
+    zero_point: of values of both signs: fixed in the middle of the range, or learned (LSQ+), which suits the skewed
+    outputs of swish.
+    float_layers: operator name patterns (fnmatch) that stay in float.
     overrides: unit name pattern (fnmatch) -> {"weight_bits": b, "act_bits": b}; the last match wins.
     """
 
@@ -88,11 +113,15 @@ class QuantConfig:
     act_bits: int = 4
     first_last_bits: int = 8
     skip_bits: int = 8
+    zero_point: str = "fixed"
+    float_layers: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("weight_bits", "act_bits", "first_last_bits", "skip_bits"):
             _require_choice(f"quant.{key}", getattr(self, key), BIT_WIDTHS)
+        _require_choice("quant.zero_point", self.zero_point, ZERO_POINTS)
+        object.__setattr__(self, "float_layers", tuple(self.float_layers))
         for pattern, widths in self.overrides.items():
             for key, bits in widths.items():
                 if key not in ("weight_bits", "act_bits"):
@@ -175,13 +204,14 @@ class TrainConfig:
     """One run, whole.
 
     method: mec (LSQ plus the coding objective), lsq, or fp32 (the full-precision stage alone).
-    init: a checkpoint or state dict to start from instead of random weights; empty for none.
+    weights: what to start from instead of random weights: a checkpoint of ours, a state dict, or the name of
+    torchvision's published weights (DEFAULT, IMAGENET1K_V1, ...); empty for none.
     """
 
     method: str = "mec"
     seed: int = 0
     device: str = "auto"
-    init: str = ""
+    weights: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -193,10 +223,29 @@ class TrainConfig:
         _require_choice("device", self.device, DEVICES)
         _require_at_least("seed", self.seed, 0)
 
+    @property
+    def network(self) -> ModelConfig:
+        """The model section as the network is built: published weights go with the published stem."""
+        if self.model.stem == "auto" and are_published(self.weights):
+            return replace(self.model, stem="standard")
+        return self.model
+
     def describe(self) -> dict[str, Any]:
         """The config as plain nested dicts and lists, ready for TOML or JSON."""
         described: dict[str, Any] = _plain(self)
         return described
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> TrainConfig:
+        """The config that `describe` gave, also in an older version: what it did not know has its default.
+
+        Raises TypeError for a key of no version, TrainingError for a value out of range.
+        """
+        sections = {"data": DataConfig, "model": ModelConfig, "quant": QuantConfig, "mec": MecConfig}
+        built = {_RENAMED.get(key, key): value for key, value in described.items()}
+        for key, make in {**sections, "schedule": ScheduleConfig}.items():
+            built[key] = make(**built.get(key, {}))
+        return cls(**built)
 
 
 def _plain(value: Any) -> Any:

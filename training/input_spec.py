@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,13 @@ class InputSpec:
             mean=tuple(mean),
             std=tuple(std),
         )
+
+    def for_images(self, *, channels: int, height: int, width: int) -> InputSpec:
+        """The same normalisation for other images; where the number of channels differs, its mean over the channels."""
+        if not self.mean or channels == self.channels:
+            return replace(self, channels=channels, height=height, width=width)
+        mean, std = (sum(values) / self.channels for values in (self.mean, self.std))
+        return InputSpec.from_channels(height=height, width=width, mean=[mean] * channels, std=[std] * channels)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 [N, C, H, W] to the float32 input of the full-precision network."""

@@ -50,7 +50,7 @@ def train(
     resume: go on from the furthest readable checkpoint in `out`, from the beginning where there is none yet; a finished
     run is returned as it is. report: gets each event, between steps; it may raise KeyboardInterrupt to stop the run.
     Raises TrainingInterrupted after Ctrl-C, and TrainingError for: a device that is absent, an `out` that cannot be
-    written or (without resume) holds a run, a resume under another config or other data, init weights that do not fit,
+    written or (without resume) holds a run, a resume under another config or other data, weights that do not fit,
     a loss that is not finite, too few images.
     """
     device = choose_device(config.device)
@@ -70,8 +70,8 @@ def train(
         position, checkpoint, complaints = folder.load_newest() if resume else (None, None, [])
         if checkpoint is not None and position is not None:
             complaints += session.restore(checkpoint, position)
-        elif config.init:
-            session.state.load_init()
+        elif config.weights:
+            complaints += session.state.load_weights()
         if resume and checkpoint is None:
             complaints.append(f"{out} holds no checkpoint yet; training starts from the beginning.")
         folder.make_writable()

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, file_sha256, read_checkpoint
-from mecdeploy.training.config import (
-    DataConfig,
-    MecConfig,
-    ModelConfig,
-    QuantConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.initial import load_tensors
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
+from mecdeploy.training.names import user_file
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.retention import CheckpointFolder
 
@@ -45,9 +40,11 @@ class LoadedRun:
     metrics: Mapping[str, Any]
 
 
-def load_run(out: Path) -> LoadedRun:
-    """Read the final checkpoint of the run in `out`.
+def load_run(out: Path, *, model_name: str = "") -> LoadedRun:
+    """Read the final checkpoint of the run in `out`. Published weights are not fetched again.
 
+    model_name: "path/to/file.py:factory" of a network of the user's, from somebody who may have it executed (the run's
+    run.toml, not its checkpoint). Without it, a checkpoint that names a file is refused.
     Raises TrainingError when there is no run, when it has not finished (saying how far it is), when it was trained with
     method "fp32" and so has nothing quantised, and when the checkpoint is truncated, damaged or not ours.
     """
@@ -56,11 +53,11 @@ def load_run(out: Path) -> LoadedRun:
         raise _unfinished(out)
     checkpoint = read_checkpoint(path)
     header = checkpoint.header
-    config = _config(header["config"], path)
+    config = _trusted(_config(header["config"], path), model_name, path)
     if config.method == "fp32":
         raise TrainingError(
             f"{out} was trained with method fp32, so it holds no quantised network. "
-            f"Train another run with method mec or lsq and init {path}."
+            f"Train another run with method mec or lsq and weights {path}."
         )
     spec = InputSpec(**header["input"])
     float_model, model = _networks(checkpoint, config, spec, path)
@@ -85,10 +82,10 @@ def _networks(
 ) -> tuple[nn.Module, QuantizedModel]:
     classes = len(checkpoint.header["class_names"])
     float_model = build_model(
-        config.model, num_classes=classes, channels=spec.channels, height=spec.height, width=spec.width
+        config.network, num_classes=classes, channels=spec.channels, height=spec.height, width=spec.width
     )
     try:
-        float_model.load_state_dict(checkpoint.section("float"))
+        load_tensors(float_model, checkpoint.section("float"))
         model = prepare(float_model, config.quant, spec)
         model.load_state_dict(checkpoint.section("model"))
     except RuntimeError as error:
@@ -100,18 +97,22 @@ def _networks(
 
 
 def _config(described: Mapping[str, Any], path: Path) -> TrainConfig:
-    sections = {
-        "data": DataConfig,
-        "model": ModelConfig,
-        "quant": QuantConfig,
-        "mec": MecConfig,
-        "schedule": ScheduleConfig,
-    }
     try:
-        built = {key: make(**described[key]) for key, make in sections.items()}
-        return TrainConfig(**{**described, **built})
-    except (TypeError, KeyError) as error:
+        return TrainConfig.from_description(described)
+    except TypeError as error:
         raise TrainingError(f"{path} was written by another version: its config does not fit ({error}).") from error
+
+
+def _trusted(config: TrainConfig, model_name: str, path: Path) -> TrainConfig:
+    """The config, with the file that makes its network taken from `model_name` instead of the checkpoint."""
+    if user_file(config.model.name) is None:
+        return config
+    if user_file(model_name) is None:
+        raise TrainingError(
+            f"{path} names {config.model.name} as its network, and a checkpoint alone may not have code executed. "
+            "Give model_name, or model.name in run.toml, as path/to/file.py:factory."
+        )
+    return replace(config, model=replace(config.model, name=model_name))
 
 
 def _unfinished(out: Path) -> TrainingError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,16 @@ from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import place
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.initial import load_initial_weights
+from mecdeploy.training.initial import fill, load_tensors, read_weights
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
+from mecdeploy.training.names import are_published, may_change
 from mecdeploy.training.optimizers import build_optimizer, momentum_tensors, restore_momentum
 from mecdeploy.training.preparation import prepare
+from mecdeploy.training.published import published_weights
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task, feature_extractor
-
-# Where a run computes and finds its files may change between sessions; what it computes may not.
-_MAY_CHANGE = ("device", "init", "data.root", "data.download", "data.workers")
 
 
 @dataclass
@@ -61,17 +60,11 @@ class State:
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.config, self.dataset, self.device = config, dataset, device
-        self.spec = InputSpec.from_statistics(
-            channels=dataset.channels,
-            height=dataset.height,
-            width=dataset.width,
-            mean=dataset.pixel_mean,
-            std=dataset.pixel_std,
-        )
+        self.spec = _normalization(config, dataset)
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.float_model = place(
             build_model(
-                config.model,
+                config.network,
                 num_classes=len(dataset.class_names),
                 channels=dataset.channels,
                 height=dataset.height,
@@ -86,9 +79,24 @@ class State:
         self.accuracy_fp32: float | None = None
         self._begin_float()
 
-    def load_init(self) -> None:
-        """Start from config.init instead of random weights."""
-        load_initial_weights(self.float_model, Path(self.config.init))
+    def load_weights(self) -> list[str]:
+        """Start from config.weights instead of random ones, with their normalisation unless the config has one.
+
+        Returns sentences about what of them was not taken as it is. Raises TrainingError.
+        """
+        config = self.config
+        weights = (
+            published_weights(config.model.name, config.weights)
+            if are_published(config.weights)
+            else read_weights(Path(config.weights))
+        )
+        notes = fill(self.float_model, weights)
+        if weights.input is not None and not config.model.mean:
+            self.spec = weights.input.for_images(
+                channels=self.spec.channels, height=self.spec.height, width=self.spec.width
+            )
+            self._begin_float()
+        return notes
 
     def quantize(self) -> None:
         """Replace the task by that of a freshly calibrated quantised network, at the start of stage qat."""
@@ -136,7 +144,9 @@ class State:
         """
         header = checkpoint.header
         self._require_same_run(header, path)
-        self.float_model.load_state_dict(checkpoint.section("float"))
+        load_tensors(self.float_model, checkpoint.section("float"))
+        self.spec = InputSpec(**header["input"])  # of weights that may be gone by now
+        self._begin_float()
         self.position = Position.of(header["stage"], header["epoch"], header["step"])
         if self.position.stage != "fp32":
             model = self._prepared()
@@ -192,20 +202,47 @@ class State:
         return batches
 
     def _require_same_run(self, header: Mapping[str, Any], path: Path) -> None:
-        saved, wanted = _flat(header["config"]), _flat(self.config.describe())
-        for key in sorted({*saved, *wanted}):
-            if key not in _MAY_CHANGE and saved.get(key) != wanted.get(key):
+        saved = _flat(TrainConfig.from_description(header["config"]).describe())
+        for key, value in _flat(self.config.describe()).items():
+            if saved.get(key) != value and not may_change(key, saved.get(key), value):
                 raise TrainingError(
-                    f"{key} is {wanted.get(key)!r}, but {path} was trained with {saved.get(key)!r}. "
-                    f"Resume with the old value, or start another run from this one with init."
+                    f"{key} is {value!r}, but {path} was trained with {saved.get(key)!r}. "
+                    f"Resume with the old value, or start another run from this one with weights."
                 )
-        data = {"class_names": list(self.dataset.class_names), "train_images": len(self.dataset.train)}
-        data["input"] = dataclasses.asdict(self.spec)
-        for key, value in data.items():
-            if header[key] != value:
+        spec = InputSpec(**header["input"])
+        if self.config.weights:  # they may bring their own normalisation
+            spec = replace(self.spec, channels=spec.channels, height=spec.height, width=spec.width)
+        data = {
+            "class_names": (list(self.dataset.class_names), header["class_names"]),
+            "train_images": (len(self.dataset.train), header["train_images"]),
+            "input": (self.spec, spec),
+        }
+        for key, (now, then) in data.items():
+            if now != then:
                 raise TrainingError(
-                    f"the data has changed: {key} is {value}, {path} was trained with {header[key]}. Start a new run."
+                    f"the data has changed: {key} is {now}, {path} was trained with {then}. Start a new run."
                 )
+
+
+def _normalization(config: TrainConfig, dataset: ImageDataset) -> InputSpec:
+    """What the config says, else the data set's own statistics. Raises TrainingError for other numbers of channels."""
+    mean, std = config.model.mean, config.model.std
+    if not mean:
+        return InputSpec.from_statistics(
+            channels=dataset.channels,
+            height=dataset.height,
+            width=dataset.width,
+            mean=dataset.pixel_mean,
+            std=dataset.pixel_std,
+        )
+    if len(mean) != dataset.channels:
+        raise TrainingError(
+            f"model.mean and model.std have {len(mean)} values, the images {dataset.channels} channels; "
+            "give one for each."
+        )
+    return InputSpec.from_channels(
+        height=dataset.height, width=dataset.width, mean=[255 * m for m in mean], std=[255 * s for s in std]
+    )
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ CONFIGS = st.builds(
     TrainConfig,
     method=st.sampled_from(("mec", "lsq", "fp32")),
     seed=st.integers(0, 2**31),
-    init=st.text(st.characters(codec="utf-8")),
+    weights=st.text(st.characters(codec="utf-8")),
     data=st.builds(DataConfig, name=st.text(st.characters(codec="utf-8")), skip_bad_images=st.booleans()),
     quant=st.builds(
         QuantConfig,

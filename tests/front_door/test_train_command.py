@@ -63,7 +63,7 @@ def test_the_default_folder_names_the_run(call: Call, tmp_path: Path, monkeypatc
         (["--model", "resnet9"], "Did you mean resnet8"),
         (["--data", "digit"], "Did you mean digits"),
         (["--data", "imagefolder:nowhere"], "'nowhere' does not exist"),
-        (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--config", "nowhere.toml"], "nowhere.toml: no such config file"),
         (["--weigth-bits", "4"], "--weight-bits"),
         (["extra"], "unexpected extra argument"),
@@ -117,11 +117,11 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(call: Call, tmp_path: P
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign"])
-def test_init_from_a_damaged_checkpoint(call: Call, run: Path, tmp_path: Path, damage: str) -> None:
+def test_weights_from_a_damaged_checkpoint(call: Call, run: Path, tmp_path: Path, damage: str) -> None:
     whole = (run / "checkpoint-final.safetensors").read_bytes()
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"a poem, not a checkpoint")
-    assert "bad.safetensors" in call("train", "--init", bad, "--out", tmp_path / "run").error
+    assert "bad.safetensors" in call("train", "--weights", bad, "--out", tmp_path / "run").error
     assert os.listdir(tmp_path) == ["bad.safetensors"]
 
 

@@ -14,7 +14,7 @@ def quantized_config(checkpoint: Path, weight_bits: int, act_bits: int, *, metho
     return TrainConfig(
         method=method,
         device="cpu",
-        init=str(checkpoint),
+        weights=str(checkpoint),
         data=DataConfig(name="digits"),
         model=ModelConfig(name="resnet8"),
         quant=QuantConfig(weight_bits=weight_bits, act_bits=act_bits),

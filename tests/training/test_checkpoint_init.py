@@ -38,6 +38,8 @@ WRAPPERS = {
     "nested": lambda state: {"state_dict": {"model": state}},
     "parallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
     "wrapped parallel": lambda state: {"state_dict": {f"module.{name}": t for name, t in state.items()}},
+    "lightning": lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}, "epoch": 3},
+    "compiled parallel": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
     "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
 }
 
@@ -70,7 +72,7 @@ def test_old_state_dicts_without_batch_counts(tmp_path):
 @pytest.mark.parametrize("name", ["checkpoint-fp32-0002.safetensors", "checkpoint-final.safetensors"])
 def test_a_run_from_a_checkpoint_of_ours(tmp_path, name):
     first = train(tiny_config(), tiny_dataset(), tmp_path / "first")
-    config = tiny_config(fp_epochs=0, init=str(tmp_path / "first" / name))
+    config = tiny_config(fp_epochs=0, weights=str(tmp_path / "first" / name))
     events = []
     second = train(config, tiny_dataset(), tmp_path / "second", report=events.append)
     assert [e.stage for e in events if isinstance(e, StageEvent)] == ["calibrate", "qat", "deploy"]
@@ -80,13 +82,21 @@ def test_a_run_from_a_checkpoint_of_ours(tmp_path, name):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_full_precision_epochs_on_top_of_init(tmp_path):
+def test_full_precision_epochs_on_top_of_weights(tmp_path):
     train(tiny_config(method="fp32"), tiny_dataset(), tmp_path / "first")
-    init = str(tmp_path / "first" / "checkpoint-final.safetensors")
-    train(tiny_config(method="fp32", fp_epochs=1, init=init), tiny_dataset(), tmp_path / "more")
+    weights = str(tmp_path / "first" / "checkpoint-final.safetensors")
+    train(tiny_config(method="fp32", fp_epochs=1, weights=weights), tiny_dataset(), tmp_path / "more")
     train(tiny_config(method="fp32", fp_epochs=1), tiny_dataset(), tmp_path / "scratch")
     more, scratch = (tensors_in(tmp_path / run / "checkpoint-final.safetensors") for run in ("more", "scratch"))
     assert not torch.equal(more["float.conv2.weight"], scratch["float.conv2.weight"])
+
+
+def test_prefixes_that_the_network_has_itself_stay(tmp_path):
+    wrapped = torch.nn.Module()
+    wrapped.model = fresh()
+    torch.save({f"model.{name}": tensor for name, tensor in trained_state().items()}, tmp_path / "own.pth")
+    assert load_initial_weights(wrapped, tmp_path / "own.pth") == []
+    assert_holds(wrapped.model, trained_state())
 
 
 def refused(path):
@@ -112,9 +122,43 @@ def test_names_that_do_not_fit(tmp_path):
 
 
 def test_a_shape_that_does_not_fit(tmp_path):
-    state = trained_state() | {"fc.weight": torch.zeros(1000, 8)}
+    state = trained_state() | {"conv2.weight": torch.zeros(8, 8, 5, 5)}
+    torch.save(state, tmp_path / "wide.pth")
+    assert "conv2.weight is [8, 8, 5, 5], the model needs [8, 8, 3, 3]" in refused(tmp_path / "wide.pth")
+
+
+def test_a_classifier_of_other_features_does_not_fit(tmp_path):
+    state = trained_state() | {"fc.weight": torch.zeros(1000, 9), "fc.bias": torch.zeros(1000)}
+    torch.save(state, tmp_path / "wide.pth")
+    assert "fc.weight is [1000, 9], the model needs [3, 8]" in refused(tmp_path / "wide.pth")
+
+
+def test_a_classifier_of_other_classes_starts_afresh(tmp_path):
+    state = trained_state() | {"fc.weight": torch.zeros(1000, 8), "fc.bias": torch.zeros(1000)}
     torch.save(state, tmp_path / "imagenet.pth")
-    assert "fc.weight is [1000, 8], the model needs [3, 8]" in refused(tmp_path / "imagenet.pth")
+    model, head = fresh(), fresh().fc
+    notes = load_initial_weights(model, tmp_path / "imagenet.pth")
+    assert notes == [f"{tmp_path / 'imagenet.pth'} classifies 1000 classes, the data has 3: fc starts afresh."]
+    assert_holds(model, trained_state() | {"fc.weight": head.weight, "fc.bias": head.bias})
+
+
+def test_only_the_classifier_may_have_other_classes(tmp_path):
+    state = trained_state() | {"fc.weight": torch.zeros(9, 8), "fc.bias": torch.zeros(9)}
+    del state["bn1.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    assert "missing bn1.bias; nothing unexpected" in refused(tmp_path / "part.pth")
+
+
+def test_colours_are_summed_for_grayscale_images(tmp_path):
+    rgb = torch.randn(8, 3, 3, 3)
+    torch.save(trained_state() | {"conv1.weight": rgb}, tmp_path / "rgb.pth")
+    model = fresh()
+    (note,) = load_initial_weights(model, tmp_path / "rgb.pth")
+    assert note.endswith("reads RGB, the images are grayscale: conv1.weight is summed over the colours.")
+    gray = torch.randn(2, 1, 8, 8)
+    expected = torch.nn.functional.conv2d(gray.repeat(1, 3, 1, 1), rgb, stride=2, padding=1)
+    # The same 27 products in another order: a few float32 roundings of sums below 32.
+    assert torch.allclose(model.conv1(gray), expected, atol=1e-5)
 
 
 def test_weights_that_are_not_finite(tmp_path):
@@ -181,7 +225,7 @@ def test_a_damaged_checkpoint_of_ours(tmp_path):
     assert "is damaged: its contents do not match its digest" in refused(path)
 
 
-def test_a_run_with_a_bad_init_writes_nothing(tmp_path):
+def test_a_run_with_bad_weights_writes_nothing(tmp_path):
     with pytest.raises(TrainingError, match="does not exist"):
-        train(tiny_config(init=str(tmp_path / "absent.pth")), tiny_dataset(), tmp_path / "run")
+        train(tiny_config(weights=str(tmp_path / "absent.pth")), tiny_dataset(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

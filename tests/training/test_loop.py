@@ -93,7 +93,7 @@ def test_fp32_stops_after_full_precision(tmp_path):
     result = train(tiny_config(method="fp32"), tiny_dataset(), tmp_path / "run", report=events.append)
     assert {e.stage for e in events} == {"fp32"}
     assert result.accuracy == result.accuracy_fp32 == result.history[-1].validation_accuracy
-    with pytest.raises(TrainingError, match="method fp32, so it holds no quantised network.*init"):
+    with pytest.raises(TrainingError, match="method fp32, so it holds no quantised network.*weights"):
         load_run(tmp_path / "run")
 
 

@@ -216,7 +216,7 @@ def test_where_data_and_device_are_may_change(tmp_path, uninterrupted, monkeypat
     stopped_at(tmp_path / "run", "qat", 1, 2)
     config = tiny_config()
     data = dataclasses.replace(config.data, root="elsewhere", workers=0)
-    moved = dataclasses.replace(config, data=data, device="auto", init="gone.pth")
+    moved = dataclasses.replace(config, data=data, device="auto")
     train(moved, tiny_dataset(), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
 

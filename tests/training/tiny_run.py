@@ -76,7 +76,7 @@ def tiny_config(
     method: str = "mec",
     seed: int = 0,
     mec: MecConfig | None = None,
-    init: str = "",
+    weights: str = "",
     augment: bool = True,
     **schedule: Any,
 ) -> TrainConfig:
@@ -91,7 +91,7 @@ def tiny_config(
         method=method,
         seed=seed,
         device="cpu",
-        init=init,
+        weights=weights,
         data=DataConfig(augment=augment),
         mec=mec or MecConfig(samples=16, experts=2),
         schedule=ScheduleConfig(**{**defaults, **schedule}),
