@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
+from mecdeploy.training.movement import DropoutUnit
 from mecdeploy.training.quantizers import SMALLEST_STEP, ActivationQuantizer
-from mecdeploy.training.units import DropoutUnit, WeightedUnit
+from mecdeploy.training.units import WeightedUnit
 
 CANDIDATES = 64
 
@@ -35,6 +36,25 @@ def search_steps(values: Tensor, lower: int, upper: int) -> Tensor:
     return best_step
 
 
+def search_step_and_zero(values: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """Step and zero point, both (), with the least mean square error among CANDIDATES ranges of codes 0..qmax.
+
+    values: [n]. The candidates are even fractions of the range from the smallest (at most 0) to the largest value.
+    """
+    low, high = values.amin().clamp_max(0.0), values.amax().clamp_min(0.0)
+    if not bool(high - low > SMALLEST_STEP):
+        return torch.full_like(low, 1.0 / qmax), torch.zeros_like(low)
+    best = (float("inf"), low, high)
+    for index in range(CANDIDATES, 0, -1):
+        step = (high - low) * (index / CANDIDATES) / qmax
+        zero = torch.round(-low * (index / CANDIDATES) / step)
+        codes = torch.clamp(torch.round(values / step), -zero, qmax - zero)
+        error = float((codes * step - values).square_().mean())
+        if error < best[0]:
+            best = (error, step, zero)
+    return best[1], best[2]
+
+
 @torch.no_grad()
 def calibrate(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     """Set every step size of a prepared model: weights first, then activations as the quantised weights produce them.
@@ -51,13 +71,23 @@ def calibrate(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
         quantizer.samples = []
     try:
         _observe(model, batches)
-        for name, unit in model.units().items():
-            for output in unit.outputs:
-                assert isinstance(output, ActivationQuantizer) and output.samples is not None
-                _set_step(name, output, output.samples)
+        for name, outputs in _by_step(model).items():
+            _set_step(name, outputs)
     finally:
         for quantizer in quantizers:
             quantizer.samples = None
+
+
+def _by_step(model: QuantizedModel) -> dict[str, list[ActivationQuantizer]]:
+    """Quantisers that share a step together, under the name of the first unit that has one."""
+    names: dict[nn.Parameter, str] = {}
+    groups: dict[str, list[ActivationQuantizer]] = {}
+    for name, unit in model.units().items():
+        for index, output in enumerate(unit.outputs):
+            assert isinstance(output, ActivationQuantizer)
+            key = names.setdefault(output.step, name if index == 0 else unit.output_names[index])
+            groups.setdefault(key, []).append(output)
+    return groups
 
 
 def _observe(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
@@ -79,7 +109,8 @@ def _observe(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
         model.train(was_training)
 
 
-def _set_step(name: str, quantizer: ActivationQuantizer, samples: list[Tensor]) -> None:
+def _set_step(name: str, quantizers: list[ActivationQuantizer]) -> None:
+    samples = [sample for quantizer in quantizers for sample in quantizer.samples or ()]
     if not samples:
         raise TrainingError("calibration got no images; give it at least one batch.")
     values = torch.cat(samples)
@@ -88,6 +119,10 @@ def _set_step(name: str, quantizer: ActivationQuantizer, samples: list[Tensor]) 
             f"{name}: its activation is not finite on the calibration images; train the float model again with a lower "
             "schedule.fp_learning_rate."
         )
-    lower, upper = -quantizer.zero_point, quantizer.qmax - quantizer.zero_point
-    step = search_steps(values[None], lower, upper)[0]
+    quantizer = quantizers[0]
+    if quantizer.zero is not None:
+        step, zero = search_step_and_zero(values, quantizer.qmax)
+        quantizer.zero.copy_(zero)
+    else:
+        step = search_steps(values[None], -quantizer.zero_point, quantizer.qmax - quantizer.zero_point)[0]
     quantizer.step.copy_(step.clamp_max(quantizer.largest_step))

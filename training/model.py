@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from mecdeploy.training.config import CODED_TENSORS, QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.input_spec import InputSpec
-from mecdeploy.training.patterns import PIXELS
+from mecdeploy.training.movement import DropoutUnit, FloatUnit
+from mecdeploy.training.planning import LOGITS
+from mecdeploy.training.plans import PIXELS
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
 from mecdeploy.training.recording import Recording
-from mecdeploy.training.units import DropoutUnit, Unit, WeightedUnit
-
-LOGITS = "logits"
+from mecdeploy.training.units import Unit, WeightedUnit
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,22 @@ class QuantizedModel(nn.Module):
         """Execute the program on quantised pixels; returns the logits."""
         return next(value for _, name, value in self.values(x) if name == LOGITS)  # type: ignore[return-value]
 
-    def values(self, x: QTensor) -> Iterator[tuple[Unit, str, QTensor | Tensor]]:
-        """Execute the program, yielding each unit's outputs by name and dropping each value after its last reader."""
+    def values(
+        self, x: QTensor, given: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[tuple[Unit, str, QTensor | Tensor]]:
+        """Execute the program, yielding each unit's outputs by name and dropping each value after its last reader.
+
+        given: stored codes by name; such a value is yielded as computed, and read by later units as given.
+        """
         values: dict[str, Any] = {PIXELS: x}
         for index, step in enumerate(self.program):
             unit = self.unit(step.unit)
             result = unit(*(values[name] for name in step.reads))
             for name, value in zip(unit.output_names, result if isinstance(result, tuple) else (result,), strict=True):
-                values[name] = value
                 yield unit, name, value
+                if name in given:
+                    value = value.with_codes(given[name].to(value.codes.dtype) - value.zero_point)
+                values[name] = value
             for name in step.reads:
                 if self._last_read[name] == index:
                     values.pop(name, None)
@@ -84,14 +92,30 @@ class QuantizedModel(nn.Module):
         """All units by name, in execution order."""
         return {step.unit: self.unit(step.unit) for step in self.program}
 
+    def islands(self) -> dict[str, FloatUnit]:
+        """What is computed in float, by name: operators and why."""
+        return {name: unit for name, unit in self.units().items() if isinstance(unit, FloatUnit)}
+
+    def last_layer(self) -> str:
+        """Name of the layer with weights that is last before the logits: what it reads are the features."""
+        made = {name: step for step in self.program for name in self.unit(step.unit).output_names}
+        step = made[LOGITS]
+        while not isinstance(self.unit(step.unit), WeightedUnit):
+            earlier = [made[name] for name in step.reads if name in made]
+            if not earlier:
+                raise TrainingError("the network has no layer with weights, and so no features to code.")
+            step = max(earlier, key=self.program.index)
+        return step.unit
+
     def freeze(self) -> None:
         """Enter the final phase: BatchNorm statistics stay, training computes the deployed arithmetic."""
         for unit in self.units().values():
             unit.frozen = True
 
     def step_sizes(self) -> list[nn.Parameter]:
-        """All learned step sizes."""
-        return [module.step for module in self.modules() if isinstance(module, ActivationQuantizer | WeightQuantizer)]
+        """All learned step sizes, those that several quantisers share once."""
+        found = [module.step for module in self.modules() if isinstance(module, ActivationQuantizer | WeightQuantizer)]
+        return list(dict.fromkeys(found))
 
     @contextmanager
     def record(self, code: Collection[str] = CODED_TENSORS) -> Iterator[Recording]:
@@ -101,10 +125,11 @@ class QuantizedModel(nn.Module):
         """
         recording = Recording()
         handles = []
+        last = self.last_layer() if "features" in code else ""
         for name, unit in self.units().items():
-            if unit.output_names == (LOGITS,) and "features" in code:
+            if name == last:
                 handles.append(unit.register_forward_hook(_keep_features(recording)))
-            elif "activations" in code:
+            if "activations" in code:
                 handles.append(unit.register_forward_hook(_keep_outputs(recording)))
             if isinstance(unit, WeightedUnit) and "weights" in code:
                 handles.append(unit.weight_quantizer.register_forward_hook(_keep_weights(recording, name)))
@@ -115,20 +140,25 @@ class QuantizedModel(nn.Module):
                 handle.remove()
 
     @torch.no_grad()
-    def integers(self, pixels: Tensor) -> dict[str, np.ndarray[Any, Any]]:
-        """Stored uint8 codes of every unit output, and the float32 logits, by name; exact, so on the CPU only.
+    def integers(
+        self, pixels: Tensor, given: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({})
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Stored uint8 codes of every unit output, real products and logits as float32, by name.
 
-        pixels: uint8 [N, C, H, W]. Evaluation mode is set for the pass and restored.
+        Exact, so on the CPU only. pixels: uint8 [N, C, H, W]. given: stored codes of values that a float island makes:
+        they are returned as computed here, and read by later units as given. Evaluation mode is set for the pass and
+        restored.
         """
         if any(parameter.device.type != "cpu" for parameter in self.parameters()):
             raise TrainingError("integers() is exact on the CPU only; call model.cpu() first.")
         was_training = self.training
         try:
             self.eval()
+            codes = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in given.items()}
             return {
                 name: (value.stored() if isinstance(value, QTensor) else value).numpy()
-                for unit, name, value in self.values(self.quantize(pixels))
-                if not isinstance(unit, DropoutUnit)  # which has no kernel at run time
+                for unit, name, value in self.values(self.quantize(pixels), codes)
+                if name == LOGITS or not isinstance(unit, DropoutUnit | FloatUnit)  # these have no integer kernel
             }
         finally:
             self.train(was_training)
@@ -136,7 +166,9 @@ class QuantizedModel(nn.Module):
 
 def _keep_features(recording: Recording) -> Any:
     def hook(_: Unit, inputs: tuple[Any, ...], __: Any) -> None:
-        recording.features = inputs[0].dequantize()
+        features = inputs[0].dequantize() if isinstance(inputs[0], QTensor) else inputs[0]
+        # A convolution may be the last layer (its features are pooled), or a layer over tokens.
+        recording.features = features.flatten(2).mean(2) if features.dim() == 4 else features
 
     return hook
 
@@ -166,4 +198,6 @@ def _attach(root: nn.Module, path: str, unit: Unit) -> None:
         if parent not in root._modules:
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
+    for name, child in getattr(root, leaf, nn.Module()).named_children():
+        unit.add_module(name, child)  # units of the same path's inside that came first
     root.add_module(leaf, unit)

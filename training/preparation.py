@@ -1,27 +1,40 @@
-"""prepare: a quantised copy of a float classifier, in three steps: plan the units, assign widths, build."""
+"""prepare: a quantised copy of a float classifier, in four steps: trace, plan the units, assign widths, build."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
-from torch import fx, nn
+from torch import nn
 
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.geometry import Geometry, sides
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import LOGITS, QuantizedModel, Step
-from mecdeploy.training.patterns import PIXELS, Plan, Plans, plan_units
+from mecdeploy.training.movement import (
+    ConcatUnit,
+    DequantizeUnit,
+    DropoutUnit,
+    FloatUnit,
+    MaxPoolUnit,
+    QuantizeUnit,
+    ReshapeUnit,
+    SliceUnit,
+    TransposeUnit,
+)
+from mecdeploy.training.normalization import fold_normalization
+from mecdeploy.training.planning import plan_units
+from mecdeploy.training.plans import PIXELS, Plan, Plans
 from mecdeploy.training.quantizers import ActivationQuantizer
+from mecdeploy.training.tracing import trace
 from mecdeploy.training.units import (
     AddUnit,
-    DropoutUnit,
-    FlattenUnit,
-    Geometry,
+    AveragePoolUnit,
+    ElementwiseUnit,
     GlobalAveragePoolUnit,
-    MaxPoolUnit,
     Unit,
     WeightedUnit,
-    pair,
 )
 from mecdeploy.training.widths import Widths, assign_widths, role_of
 
@@ -29,71 +42,115 @@ from mecdeploy.training.widths import Widths, assign_widths, role_of
 def prepare(model: nn.Module, config: QuantConfig, spec: InputSpec) -> QuantizedModel:
     """Quantised copy of a float classifier; calibrate() it next.
 
-    model: takes normalised float32 [N, C, H, W] (what spec.normalize gives), returns logits [N, classes]; not changed.
-    Raises TrainingError naming the operator that has no unit, or the override that matches none.
+    model: any module that torch.export can trace: takes normalised float32 [N, C, H, W] (what spec.normalize gives),
+    returns logits [N, classes], alone or first in a tuple or dict. It is not changed.
+    Raises TrainingError for code that cannot be traced, a layer without an integer kernel that quant.float_layers does
+    not list, a pattern that matches nothing, and a normalisation that cannot be folded.
     """
-    plans = plan_units(_trace(copy.deepcopy(model)))
+    plans = plan_units(trace(model, spec), config.float_layers)
     for name in (PIXELS, LOGITS):
         if name in plans.by_name and name != plans.output:
             raise TrainingError(f"{name}: the model's own {name} have this name; rename the layer.")
+    fold_normalization(plans, spec)
     widths = assign_widths(plans, config)
-    units = {plan.name: _build(plan, plans, widths) for plan in plans.by_name.values()}
-    program = [
-        Step(plan.name, tuple(_value_read(plan, source, plans, widths) for source in plan.reads))
+    quantizers = _quantizers(plans, widths, config)
+    units = {
+        plan.name: BUILDERS[plan.kind](
+            plan, quantizers.get(plan.name, []), output_names(plan, plans, widths), widths.weights.get(plan.name, 0)
+        )
         for plan in plans.by_name.values()
-    ]
+    }
+    program = [Step(plan.name, _values_read(plan, plans, widths)) for plan in plans.by_name.values()]
     return QuantizedModel(program, units, spec, config)
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
-    try:
-        return fx.symbolic_trace(model)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise TrainingError(
-            f"{type(model).__name__} cannot be traced: {reason}. Its forward must not branch on values of tensors."
-        ) from error
-
-
-def _build(plan: Plan, plans: Plans, widths: Widths) -> Unit:
-    names = output_names(plan, plans, widths)
-    bits = list(dict.fromkeys(widths.outputs.get(plan.name, {}).values()))
-    outputs = [ActivationQuantizer(width, signed=plans.signed(plan.name), maximum=plan.maximum) for width in bits]
-    if plan.kind == "weighted":
-        assert isinstance(plan.layer, nn.Conv2d | nn.Linear)
-        output = outputs[0] if outputs else None
-        return WeightedUnit(plan.layer, plan.batch_norm, widths.weights[plan.name], output, names)
-    if plan.kind == "add":
-        return AddUnit(outputs, names)
-    if plan.kind == "average_pool":
-        return GlobalAveragePoolUnit(outputs, names)
-    if plan.kind == "max_pool":
-        return _max_pool(plan.layer, names)
-    if plan.kind == "flatten":
-        return FlattenUnit([], names)
-    assert plan.kind == "dropout" and isinstance(plan.layer, nn.Dropout)
-    return DropoutUnit(plan.layer.p, names)
-
-
 def output_names(plan: Plan, plans: Plans, widths: Widths) -> tuple[str, ...]:
-    """Names of a plan's values: its own, or NAME/skip and NAME/act where one sum is quantised twice."""
-    if plan.name == plans.output:
-        return (LOGITS,)
+    """Names of a plan's values: its own, NAME/skip and NAME/act where one sum is quantised twice, or LOGITS."""
     roles = widths.outputs.get(plan.name, {})
-    if len(set(roles.values())) < 2:
-        return (plan.name,)
-    return tuple(f"{plan.name}/{role}" for role in roles)
+    if len(set(roles.values())) > 1:
+        names = tuple(f"{plan.name}/{role}" for role in roles)
+    else:
+        names = tuple(plan.value_name(position) for position in range(plan.output_count))
+    if plan.name == plans.output:
+        names = (*names[: plans.position], LOGITS, *names[plans.position + 1 :])
+    return names
 
 
-def _value_read(reader: Plan, source: str, plans: Plans, widths: Widths) -> str:
-    if source == PIXELS:
-        return PIXELS
-    names = output_names(plans.by_name[source], plans, widths)
-    return names[0] if len(names) == 1 else f"{source}/{role_of(plans, reader)}"
+def _values_read(reader: Plan, plans: Plans, widths: Widths) -> tuple[str, ...]:
+    names = []
+    for value in reader.inputs:
+        if value.plan is None:
+            names.append(PIXELS)
+            continue
+        made = output_names(value.plan, plans, widths)
+        split = len(set(widths.outputs.get(value.plan.name, {}).values())) > 1
+        names.append(f"{value.plan.name}/{role_of(plans, reader)}" if split else made[value.position])
+    return tuple(names)
 
 
-def _max_pool(layer: nn.Module | None, names: tuple[str, ...]) -> MaxPoolUnit:
-    assert isinstance(layer, nn.MaxPool2d)
-    kernel = pair(layer.kernel_size)
-    geometry = Geometry(stride=pair(layer.stride or kernel), padding=pair(layer.padding), dilation=pair(layer.dilation))
-    return MaxPoolUnit(kernel, geometry, layer.ceil_mode, names)
+def _quantizers(plans: Plans, widths: Widths, config: QuantConfig) -> dict[str, list[ActivationQuantizer]]:
+    """Output quantisers by plan: one for each width at which it is read, sharing what a concat joins."""
+    groups = plans.shared()
+    members: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        members.setdefault(group, []).append(name)
+    made: dict[str, list[ActivationQuantizer]] = {}
+    for names in members.values():
+        signed = any(plans.signed(name) for name in names)
+        bounds = {plans.by_name[name].maximum for name in names}
+        for name in names:
+            made[name] = [
+                ActivationQuantizer(
+                    bits,
+                    signed=signed,
+                    rectified=signed and plans.by_name[name].relu,
+                    # Values of one scale have one bound, or none.
+                    maximum=plans.by_name[name].maximum if len(bounds) == 1 else None,
+                    learn_zero_point=config.zero_point == "learned",
+                )
+                for bits in dict.fromkeys(widths.outputs[name].values())
+            ]
+            if name != names[0]:
+                made[name][0].share(made[names[0]][0])
+    return made
+
+
+Outputs = list[ActivationQuantizer]
+Names = tuple[str, ...]
+Builder = Callable[[Plan, Outputs, Names, int], Unit]
+
+
+def _weighted(plan: Plan, outputs: Outputs, names: Names, weight_bits: int) -> Unit:
+    assert plan.layer is not None
+    return WeightedUnit(plan.layer, plan.batch_norm, weight_bits, outputs[0] if outputs else None, names)
+
+
+def _average_pool(plan: Plan, outputs: Outputs, names: Names, _: int) -> Unit:
+    o = plan.options
+    geometry = Geometry(stride=o["stride"], padding=sides(o["padding"]))
+    return AveragePoolUnit(o["kernel"], geometry, o["count_include_pad"], outputs, names)
+
+
+def _elementwise(plan: Plan, outputs: Outputs, names: Names, _: int) -> Unit:
+    return ElementwiseUnit(plan.options["function"], plan.options["alpha"], outputs, names)
+
+
+BUILDERS: Mapping[str, Builder] = MappingProxyType(
+    {
+        "weighted": _weighted,
+        "add": lambda plan, outputs, names, _: AddUnit(outputs, names),
+        "elementwise": _elementwise,
+        "global_average": lambda plan, outputs, names, _: GlobalAveragePoolUnit(outputs, names),
+        "average_pool": _average_pool,
+        "quantize": lambda plan, outputs, names, _: QuantizeUnit(outputs, names),
+        "dequantize": lambda plan, outputs, names, _: DequantizeUnit(outputs, names),
+        "max_pool": lambda plan, outputs, names, _: MaxPoolUnit(**plan.options, output_names=names),
+        "reshape": lambda plan, outputs, names, _: ReshapeUnit(**plan.options, output_names=names),
+        "transpose": lambda plan, outputs, names, _: TransposeUnit(**plan.options, output_names=names),
+        "slice": lambda plan, outputs, names, _: SliceUnit(**plan.options, output_names=names),
+        "concat": lambda plan, outputs, names, _: ConcatUnit(**plan.options, output_names=names),
+        "dropout": lambda plan, outputs, names, _: DropoutUnit(**plan.options, output_names=names),
+        "island": lambda plan, outputs, names, _: FloatUnit(**plan.options, output_names=names),
+    }
+)
+"""Plan kind -> unit."""

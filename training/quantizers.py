@@ -22,18 +22,19 @@ class QTensor:
     """A quantised activation: real = codes * scale.
 
     codes: [N, ...] float32 holding integers, centred (the stored uint8 code minus zero_point), in lower..upper.
-    scale: () float32, real units per integer step. zero_point, qmax: the stored codes are 0..qmax.
+    scale: () float32, real units per integer step. zero_point, qmax, qmin: the stored codes are qmin..qmax.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: int
     qmax: int
+    qmin: int = 0
 
     @property
     def lower(self) -> int:
         """Smallest centred code."""
-        return -self.zero_point
+        return self.qmin - self.zero_point
 
     @property
     def upper(self) -> int:
@@ -50,7 +51,7 @@ class QTensor:
 
     def with_codes(self, codes: Tensor) -> QTensor:
         """The same quantisation around other codes."""
-        return QTensor(codes, self.scale, self.zero_point, self.qmax)
+        return QTensor(codes, self.scale, self.zero_point, self.qmax, self.qmin)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -152,23 +153,41 @@ def fake_quantize(x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:
 
 
 class ActivationQuantizer(nn.Module):
-    """Per-tensor learned step size of one activation, stored as uint8 codes 0..2^bits - 1.
+    """Per-tensor learned step size of one activation, stored as uint8 codes qmin..2^bits - 1.
 
-    signed: zero_point 2^(bits - 1), for values of both signs; otherwise 0, which is also the ReLU.
+    signed: for values of both signs. zero_point is then 2^(bits - 1), or learned; otherwise it is 0, which is also the
+    ReLU. rectified: the values are a ReLU's though the quantiser is signed, since it is shared: qmin is zero_point.
     maximum: largest real the activation takes (6 for ReLU6), or None. It bounds the step, so the clip stays below it.
+    zero: the learned zero point, () in steps, where learn_zero_point. LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576)
+    learns an offset in reals; whole steps keep a code for real 0, so that padding stays exact.
     """
 
-    def __init__(self, bits: int, *, signed: bool, maximum: float | None = None) -> None:
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool,
+        rectified: bool = False,
+        maximum: float | None = None,
+        learn_zero_point: bool = False,
+    ) -> None:
         super().__init__()
         self.bits = bits
-        self.signed = signed
+        self.signed, self.rectified = signed, rectified
         self.maximum = maximum
         self.step = nn.Parameter(torch.ones(()))
+        self.zero = nn.Parameter(torch.tensor(float(1 << (bits - 1)))) if signed and learn_zero_point else None
         self.samples: list[Tensor] | None = None
+
+    def share(self, other: ActivationQuantizer) -> None:
+        """Learn the step and zero point of `other` from now on, so that both kinds of codes can lie side by side."""
+        self.step, self.zero = other.step, other.zero
 
     @property
     def zero_point(self) -> int:
         """Stored code of real zero."""
+        if self.zero is not None:
+            return min(self.qmax, max(0, round(float(self.zero))))
         return 1 << (self.bits - 1) if self.signed else 0
 
     @property
@@ -177,38 +196,65 @@ class ActivationQuantizer(nn.Module):
         return (1 << self.bits) - 1
 
     @property
+    def qmin(self) -> int:
+        """Smallest stored code."""
+        return self.zero_point if self.rectified else 0
+
+    @property
     def largest_step(self) -> float:
         """The step at which the largest code reaches `maximum`."""
-        return float("inf") if self.maximum is None else self.maximum / (self.qmax - self.zero_point)
+        return float("inf") if self.maximum is None else self.maximum / max(1, self.qmax - self.zero_point)
 
     def effective_step(self, features: int | None = None) -> Tensor:
         """The step in use, () float32 > 0; features: elements per sample, for LSQ's gradient scale."""
         step = clamp_passing_gradient(self.step, SMALLEST_STEP, self.largest_step)
-        if features is None:
-            return step
-        return scale_gradient(step, (features * max(1, self.qmax - self.zero_point)) ** -0.5)
+        return step if features is None else scale_gradient(step, self._gradient_scale(features))
 
     def forward(self, x: Tensor) -> QTensor:
         """Quantise reals [N, ...]."""
         if self.samples is not None:
             return self._observe(x)
         step = self.effective_step(x[0].numel())
-        codes = quantize(x, step, -self.zero_point, self.qmax - self.zero_point)
-        return QTensor(codes, step, self.zero_point, self.qmax)
+        zero_point = self.zero_point
+        lower, upper = self.qmin - zero_point, self.qmax - zero_point
+        codes = quantize(x, step, lower, upper)
+        return self.tensor(self._follow_zero(codes, x.detach() / step.detach(), x[0].numel()), step)
 
     def from_ratio(self, ratio: Tensor, step: Tensor) -> QTensor:
         """Quantise `ratio` = real / step, already computed as the deployed kernel computes it, [N, ...]."""
-        return QTensor(
-            round_clamp(ratio, -self.zero_point, self.qmax - self.zero_point), step, self.zero_point, self.qmax
-        )
+        zero_point = self.zero_point
+        codes = round_clamp(ratio, self.qmin - zero_point, self.qmax - zero_point)
+        return self.tensor(self._follow_zero(codes, ratio.detach(), ratio[0].numel()), step)
+
+    def from_stored(self, stored: Tensor, step: Tensor) -> QTensor:
+        """Quantise a stored code not yet rounded, real / step + zero_point as the deployed kernel computes it."""
+        zero_point = self.zero_point
+        codes = round_clamp(stored, self.qmin, self.qmax) - zero_point
+        return self.tensor(self._follow_zero(codes, stored.detach() - zero_point, stored[0].numel()), step)
+
+    def tensor(self, codes: Tensor, step: Tensor) -> QTensor:
+        """Centred codes under this quantisation."""
+        return QTensor(codes, step, self.zero_point, self.qmax, self.qmin)
+
+    def _gradient_scale(self, features: int) -> float:
+        return float((features * max(1, self.qmax - self.zero_point)) ** -0.5)
+
+    def _follow_zero(self, codes: Tensor, ratio: Tensor, features: int) -> Tensor:
+        """The same codes, through which the zero point learns: it moves both ends of the range (LSQ+ eq. 9)."""
+        if self.zero is None or not self.zero.requires_grad or not torch.is_grad_enabled():
+            return codes
+        zero_point = self.zero_point
+        outside = (ratio >= self.qmax - zero_point) | ((ratio <= -zero_point) & (not self.rectified))
+        zero = scale_gradient(self.zero, self._gradient_scale(features))
+        return codes - outside * (zero - zero.detach())
 
     def _observe(self, x: Tensor) -> QTensor:
         """Calibration: pass the float activation on and keep it."""
         assert self.samples is not None
-        x = x if self.signed else x.clamp(0.0, self.maximum)
+        x = x if self.signed and not self.rectified else x.clamp(0.0, self.maximum)
         stride = max(1, x.numel() // SAMPLES_PER_BATCH) | 1
         self.samples.append(x.detach().flatten()[::stride])
-        return QTensor(x, x.new_ones(()), self.zero_point, self.qmax)
+        return self.tensor(x, x.new_ones(()))
 
 
 class WeightQuantizer(nn.Module):

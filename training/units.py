@@ -6,24 +6,14 @@ frozen, it computes the deployed arithmetic of `deployed.py`. Units pass QTensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mecdeploy.training import deployed
+from mecdeploy.training import deployed, elementwise
+from mecdeploy.training.geometry import Geometry
+from mecdeploy.training.plans import Layer
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """A convolution's or pool's window: (height, width) pairs."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int = 1
 
 
 class Unit(nn.Module):
@@ -52,21 +42,22 @@ class Unit(nn.Module):
 
 
 class WeightedUnit(Unit):
-    """Conv2d or Linear with its BatchNorm, its activation (in the output quantiser) and its bias.
+    """Convolution or linear layer with its BatchNorm, its activation (in the output quantiser) and its bias.
 
-    geometry: None for a Linear. Without an output quantiser the unit returns float logits.
+    layer: its weights, copied. Without an output quantiser the unit returns real products: logits, or what float
+    operators read. A linear layer works on the last axis, [N, ..., I] -> [N, ..., O].
     """
 
     def __init__(
         self,
-        layer: nn.Conv2d | nn.Linear,
-        batch_norm: nn.BatchNorm2d | None,
+        layer: Layer,
+        batch_norm: nn.BatchNorm2d | nn.BatchNorm1d | None,
         weight_bits: int,
         output: ActivationQuantizer | None,
         output_names: tuple[str, ...],
     ) -> None:
         super().__init__([] if output is None else [output], output_names)
-        self.geometry = convolution_geometry(layer) if isinstance(layer, nn.Conv2d) else None
+        self.geometry = layer.geometry
         self.weight = nn.Parameter(layer.weight.detach().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.batch_norm = batch_norm
@@ -87,9 +78,10 @@ class WeightedUnit(Unit):
     def _deployed(self, x: QTensor, codes: Tensor, step: Tensor) -> QTensor | Tensor:
         scale, bias = self.folded(step, x.scale)
         accumulator = deployed.accumulate(x, codes, bias, self.geometry)
+        product_scale = deployed.per_channel(x.scale * scale, self.geometry)
         if self.output is None:
-            return accumulator.float() * (x.scale * scale)
-        return deployed.requantize(accumulator, x.scale * scale, self.output)
+            return accumulator.float() * product_scale
+        return deployed.requantize(accumulator, product_scale, self.output)
 
     def _training(self, x: QTensor, codes: Tensor, step: Tensor) -> QTensor | Tensor:
         # Both scales act on the weight, the smallest operand, instead of on the whole output.
@@ -97,18 +89,17 @@ class WeightedUnit(Unit):
         if self.geometry is None:
             y = F.linear(x.codes, weight, self.bias)
         else:
-            g = self.geometry
-            y = F.conv2d(x.codes, weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
+            y = deployed.convolve(x.codes, weight, self.bias, self.geometry)
         if self.batch_norm is not None:
             y = _batch_norm(y, self.batch_norm)
         return y if self.output is None else self.output(y)
 
     @torch.no_grad()
-    def _absorb_negative_gamma(self, batch_norm: nn.BatchNorm2d) -> None:
+    def _absorb_negative_gamma(self, batch_norm: nn.BatchNorm2d | nn.BatchNorm1d) -> None:
         """Flip the weights of channels whose gamma is negative: BN(z; gamma, mean) = BN(-z; -gamma, -mean)."""
         assert batch_norm.running_mean is not None
         sign = torch.where(batch_norm.weight < 0, -1.0, 1.0)
-        self.weight.mul_(sign.view(-1, 1, 1, 1))
+        self.weight.mul_(sign.view(-1, *[1] * (self.weight.dim() - 1)))
         if self.bias is not None:
             self.bias.mul_(sign)
         batch_norm.weight.mul_(sign)
@@ -128,6 +119,25 @@ class AddUnit(Unit):
         return results[0] if len(results) == 1 else results
 
 
+class ElementwiseUnit(Unit):
+    """A function of single positions of one or two values: an entry of elementwise.ELEMENTWISE. Shapes broadcast."""
+
+    def __init__(
+        self, function: str, alpha: float, outputs: list[ActivationQuantizer], output_names: tuple[str, ...]
+    ) -> None:
+        super().__init__(outputs, output_names)
+        self.function, self.alpha = function, alpha
+
+    def forward(self, *inputs: QTensor) -> QTensor:
+        """[N, ...] of each input -> [N, ...]."""
+        assert self.output is not None
+        if self.simulates_deployment:
+            result: QTensor = elementwise.integer(self.function, inputs, self.output, self.alpha)
+        else:
+            result = self.output(elementwise.real(self.function, inputs, self.alpha))
+        return result
+
+
 class GlobalAveragePoolUnit(Unit):
     """Mean over height and width, [N, C, H, W] -> [N, C, 1, 1]."""
 
@@ -140,45 +150,34 @@ class GlobalAveragePoolUnit(Unit):
         return pooled
 
 
-class MaxPoolUnit(Unit):
-    """Maximum of codes: the input's quantisation passes through."""
+class AveragePoolUnit(Unit):
+    """Mean over windows, [N, C, H, W] -> [N, C, H', W']. include_pad: whether padded places count."""
 
     def __init__(
-        self, kernel: tuple[int, int], geometry: Geometry, ceil_mode: bool, output_names: tuple[str, ...]
+        self,
+        kernel: tuple[int, int],
+        geometry: Geometry,
+        include_pad: bool,
+        outputs: list[ActivationQuantizer],
+        output_names: tuple[str, ...],
     ) -> None:
-        super().__init__([], output_names)
-        self.kernel, self.geometry, self.ceil_mode = kernel, geometry, ceil_mode
+        super().__init__(outputs, output_names)
+        self.kernel, self.geometry, self.include_pad = kernel, geometry, include_pad
 
     def forward(self, x: QTensor) -> QTensor:
-        """[N, C, H, W] -> [N, C, H', W']."""
-        g = self.geometry
-        pooled = F.max_pool2d(x.codes, self.kernel, g.stride, g.padding, g.dilation, self.ceil_mode)
-        return x.with_codes(pooled)
-
-
-class FlattenUnit(Unit):
-    """[N, C, H, W] -> [N, C * H * W], codes untouched."""
-
-    def forward(self, x: QTensor) -> QTensor:
-        """Flatten all but the batch."""
-        return x.with_codes(x.codes.flatten(1))
-
-
-class DropoutUnit(Unit):
-    """Dropout while training on live BatchNorm; the identity once frozen or deployed. It has no kernel at run time."""
-
-    def __init__(self, probability: float, output_names: tuple[str, ...]) -> None:
-        super().__init__([], output_names)
-        self.probability = probability
-
-    def forward(self, x: QTensor) -> QTensor:
-        """Drop codes, scaling the rest."""
+        """Requantise the means."""
+        assert self.output is not None
         if self.simulates_deployment:
-            return x
-        return x.with_codes(F.dropout(x.codes, self.probability))
+            return deployed.average(x, self.kernel, self.geometry, self.include_pad, self.output)
+        padding = self.geometry.symmetric_padding or (0, 0)
+        real = F.avg_pool2d(
+            x.dequantize(), self.kernel, self.geometry.stride, padding, count_include_pad=self.include_pad
+        )
+        pooled: QTensor = self.output(real)
+        return pooled
 
 
-def _batch_norm(y: Tensor, batch_norm: nn.BatchNorm2d) -> Tensor:
+def _batch_norm(y: Tensor, batch_norm: nn.BatchNorm2d | nn.BatchNorm1d) -> Tensor:
     """BatchNorm in training with gamma kept positive, updating the running statistics."""
     return F.batch_norm(
         y,
@@ -189,19 +188,4 @@ def _batch_norm(y: Tensor, batch_norm: nn.BatchNorm2d) -> Tensor:
         training=True,
         momentum=0.1 if batch_norm.momentum is None else batch_norm.momentum,
         eps=batch_norm.eps,
-    )
-
-
-def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    """Torch's scalar-or-pair as a (height, width) pair."""
-    if isinstance(value, int):
-        return (value, value)
-    return (int(value[0]), int(value[1]))
-
-
-def convolution_geometry(layer: nn.Conv2d) -> Geometry:
-    """The geometry of a Conv2d whose padding is numeric zeros (prepare refuses the others)."""
-    assert not isinstance(layer.padding, str)
-    return Geometry(
-        stride=pair(layer.stride), padding=pair(layer.padding), dilation=pair(layer.dilation), groups=layer.groups
     )

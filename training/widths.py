@@ -8,14 +8,14 @@ from fnmatch import fnmatchcase
 
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.patterns import PASS_THROUGH, PIXELS, Plan, Plans
+from mecdeploy.training.plans import PASS_THROUGH, Plan, Plans
 
 SKIP, ACT = "skip", "act"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Weight bits by weighted plan; output bits by plan and role (skip: read by an Add or a pool; act: by a layer)."""
+    """Weight bits by weighted plan; output bits by plan and role (act: read by a layer; skip: by another kernel)."""
 
     weights: dict[str, int]
     outputs: dict[str, dict[str, int]]
@@ -24,18 +24,21 @@ class Widths:
 def assign_widths(plans: Plans, config: QuantConfig) -> Widths:
     """Apply a QuantConfig to plans.
 
-    First and last layer: first_last_bits. Whatever an Add or the global pool reads: skip_bits. What layers read:
-    act_bits. Only an Add is quantised more than once (two integer kernels compute one sum); any other value has one
-    quantisation, the widest that a reader asks for. Raises TrainingError where an override matches no unit.
+    First and last layers: first_last_bits. What layers read: act_bits. What other kernels read (an Add, a pool, a
+    product, a BatchNorm of its own): skip_bits. Only an Add is quantised more than once (two integer kernels compute
+    one sum); any other value has one quantisation, the widest that a reader asks for, and values that a concat joins
+    have one together. Raises TrainingError where an override matches no unit.
     """
     _check_patterns(plans, config)
-    weighted = [plan for plan in plans.by_name.values() if plan.kind == "weighted"]
-    weights = {plan.name: _weight_bits(plans, plan, config) for plan in weighted}
-    outputs = {
-        plan.name: _output_bits(plans, plan, config)
-        for plan in plans.by_name.values()
-        if plan.kind not in PASS_THROUGH and plan.name != plans.output
-    }
+    policy = _Policy(plans, config)
+    weights = {plan.name: policy.weight_bits(plan) for plan in plans.by_name.values() if plan.kind == "weighted"}
+    outputs = {plan.name: policy.output_bits(plan) for plan in plans.by_name.values() if plan.quantized}
+    shared = plans.shared()
+    for name, group in shared.items():
+        members = [other for other, theirs in shared.items() if theirs == group]
+        if len(members) > 1:
+            widest = max(bits for member in members for bits in outputs[member].values())
+            outputs[name] = dict.fromkeys(outputs[name], widest)
     return Widths(weights=weights, outputs=outputs)
 
 
@@ -44,34 +47,43 @@ def role_of(plans: Plans, reader: Plan) -> str:
     if reader.kind in PASS_THROUGH:
         roles = {role_of(plans, further) for further in plans.readers(reader.name)}
         return SKIP if SKIP in roles else ACT
-    return ACT if reader.kind == "weighted" else SKIP
+    return ACT if reader.kind == "weighted" and not reader.options.get("affine") else SKIP
 
 
-def _weight_bits(plans: Plans, plan: Plan, config: QuantConfig) -> int:
-    edge = plan.name == plans.output or plan in plans.readers(PIXELS)
-    return _override(plan.name, "weight_bits", config.first_last_bits if edge else config.weight_bits, config)
+class _Policy:
+    def __init__(self, plans: Plans, config: QuantConfig) -> None:
+        self.plans, self.config = plans, config
+        self.first, self.last = plans.first_layers(), plans.last_layers()
 
+    def weight_bits(self, plan: Plan) -> int:
+        """A BatchNorm of its own has one weight a channel: 8 bits of them cost nothing."""
+        if plan.options.get("affine"):
+            return 8
+        edge = plan.name in self.first or plan.name in self.last
+        default = self.config.first_last_bits if edge else self.config.weight_bits
+        return _override(plan.name, "weight_bits", default, self.config)
 
-def _output_bits(plans: Plans, plan: Plan, config: QuantConfig) -> dict[str, int]:
-    bits: dict[str, int] = {}
-    for reader in (other for other in plans.by_name.values() if plan.name in other.reads):
-        role = role_of(plans, reader)
-        # What passes codes on hands all its readers the same ones, wide enough for each.
-        for kernel in plans.readers(reader.name) if reader.kind in PASS_THROUGH else [reader]:
-            bits[role] = max(_wanted_bits(plans, plan, kernel, config), bits.get(role, 0))
-    if not bits:
-        raise TrainingError(f"{plan.name}: its output is never read; remove the layer.")
-    widest = max(bits.values())
-    if plan.kind != "add" or len(set(bits.values())) == 1:
-        return dict.fromkeys(bits, widest)
-    return bits
+    def output_bits(self, plan: Plan) -> dict[str, int]:
+        """Role -> bits at which a plan's output is read."""
+        bits: dict[str, int] = {}
+        for reader in self.plans.direct_readers(plan.name):
+            role = role_of(self.plans, reader)
+            # What passes codes on hands all its readers the same ones, wide enough for each.
+            for kernel in self.plans.readers(reader.name) if reader.kind in PASS_THROUGH else [reader]:
+                bits[role] = max(self._wanted_bits(plan, kernel), bits.get(role, 0))
+        if not bits:
+            raise TrainingError(f"{plan.name}: its output is never read; remove the layer.")
+        if plan.kind != "add" or len(set(bits.values())) == 1:
+            return dict.fromkeys(bits, max(bits.values()))
+        return bits
 
-
-def _wanted_bits(plans: Plans, plan: Plan, reader: Plan, config: QuantConfig) -> int:
-    if role_of(plans, reader) == SKIP:
-        return config.skip_bits
-    default = config.first_last_bits if reader.name == plans.output else config.act_bits
-    return _override(plan.name, "act_bits", default, config)
+    def _wanted_bits(self, plan: Plan, reader: Plan) -> int:
+        if reader.kind == "dequantize":
+            return self.config.first_last_bits
+        if role_of(self.plans, reader) == SKIP:
+            return self.config.skip_bits
+        default = self.config.first_last_bits if reader.name in self.last else self.config.act_bits
+        return _override(plan.name, "act_bits", default, self.config)
 
 
 def _override(name: str, key: str, default: int, config: QuantConfig) -> int:

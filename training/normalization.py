@@ -1,0 +1,51 @@
+"""Per-channel normalisation of the image, folded into the layers that read raw pixels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.input_spec import InputSpec
+from mecdeploy.training.plans import PIXELS, Layer, Plans
+
+
+def fold_normalization(plans: Plans, spec: InputSpec) -> None:
+    """Let every layer that reads pixels expect (pixel - pixel_zero_point) * pixel_scale, not (pixel - mean) / std.
+
+    With k = 1 / (pixel_scale * std) and t = (pixel_zero_point - mean) / std, both per channel, (pixel - mean) / std is
+    k * ((pixel - pixel_zero_point) * pixel_scale) + t: weights take the factor k, the bias the sum of weights times t.
+    That is exact wherever a window lies inside the image. Where it reaches into the padding, the float network has 0
+    there and the deployed one the pixel_zero_point, which stands for t: the two differ by the padded taps times t.
+    Changes the plans in place. Raises TrainingError where something else than a convolution reads the pixels.
+    """
+    if not spec.mean:
+        return
+    for plan in plans.readers(PIXELS):
+        sizes_only = plan.kind == "island" and plan.options["asks_for_batch_size"]
+        if sizes_only and plan.reads.count(PIXELS) == 1:
+            continue
+        if plan.kind != "weighted" or plan.layer is None or plan.layer.geometry is None:
+            raise TrainingError(
+                f"{plan.name} reads the pixels, and only a convolution can take in a normalisation per channel. Set "
+                "model.mean and model.std to one value for all channels, or begin the network with a convolution."
+            )
+        plan.layer = _folded(plan.layer, spec)
+
+
+def _folded(layer: Layer, spec: InputSpec) -> Layer:
+    assert layer.geometry is not None
+    mean, std = torch.tensor(spec.mean, dtype=torch.float64), torch.tensor(spec.std, dtype=torch.float64)
+    factor = 1.0 / (spec.pixel_scale * std)
+    offset = (spec.pixel_zero_point - mean) / std
+    weight = layer.weight.double()
+    outputs, inputs = weight.shape[:2]
+    # Input channel i of output o is channel group(o) * inputs + i of the image.
+    group = torch.arange(outputs) // (outputs // layer.geometry.groups)
+    channel = group[:, None] * inputs + torch.arange(inputs)
+    bias = (weight * offset[channel][:, :, None, None]).sum((1, 2, 3))
+    if layer.bias is not None:
+        bias = bias + layer.bias.double()
+    scaled = weight * factor[channel][:, :, None, None]
+    return replace(layer, weight=scaled.to(layer.weight.dtype), bias=bias.to(layer.weight.dtype))
