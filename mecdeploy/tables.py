@@ -156,7 +156,7 @@ def _table(first: str, *others: str) -> Table:
 def _dense_table(first: str, *others: str) -> Table:
     """One space between columns, so that many fit into 80."""
     table = _table(first, *others)
-    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     return table
 
 
