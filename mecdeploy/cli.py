@@ -97,11 +97,9 @@ def sensitivity(run: Path, size: str | None, images: int, activations: bool, dev
         report = api.sensitivity(
             run, size=size, images=images, activations=activations, out=out, device=device, progress=report_progress
         )
-    console = _console(sys.stdout)
-    console.print(tables.sensitivity(report.study))
-    if report.study.activations:
-        console.print(tables.activation_sensitivity(report.study))
-    console.print(tables.mixed_precision(report.study))
+    further = [tables.activation_sensitivity(report.study)] if report.study.activations else []
+    for table in (tables.sensitivity(report.study), *further, tables.mixed_precision(report.study)):
+        _console(sys.stdout).print(table, "")
     click.echo(f"Everything measured: {report.measurements}")
     click.echo(f"Next: mecdeploy train --config {report.settings} --out {run}-mixed")
 
