@@ -6,8 +6,10 @@ passes. So these tests damage what is alive, and the last one says that nothing 
 
 import numpy as np
 import pytest
+from onnx import helper
 from qdq_models import Builder, images, initializer, replace, residual_network, to_logits, value_of
 from qdq_storage import STORAGES
+from qdq_units import mobile_network
 from references import Undamaged
 
 from mecdeploy.runtime_checks import CheckError, check_model, read_model
@@ -201,3 +203,68 @@ def test_only_damage_without_effect_passes(pixels):
         assert report.passed == unchanged
         caught += not report.passed
     assert caught >= 5
+
+
+# ---- elementwise kernels and movement ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixels_of_kernels():
+    return images(5, 24, (3, 7, 6))
+
+
+@pytest.mark.parametrize("what", ["scale", "zero_point"])
+@pytest.mark.parametrize(
+    "tensor", ["gate", "swish", "hard", "half", "excited", "hardswish", "leaky", "average", "relu"]
+)  # fmt: skip
+def test_one_parameter_of_an_elementwise_kernel(tensor, what, pixels_of_kernels):
+    model, damaged = mobile_network(), mobile_network()
+    value = value_of(damaged, f"{tensor}/{what}")
+    replace(damaged, f"{tensor}/{what}", value * np.float32(1.05) if what == "scale" else value + 1)
+    assert_caught(check(damaged, model, pixels_of_kernels), "hard" if tensor == "half" else tensor)
+
+
+@pytest.mark.parametrize(
+    "name, change, first",
+    [
+        ("hard/sixth/scale", 1.05, "hard"),
+        ("half", 2, "hard"),
+        ("side/qmin", 1.1, "side"),
+        ("hardswish/qmax", 0.95, "hardswish"),
+        ("low/0", 1, "low"),
+        ("high/1", 1, "high"),
+    ],
+)
+def test_one_constant(name, change, first, pixels_of_kernels):
+    """Scales and limits times a factor; the ends of a slice plus one."""
+    model, damaged = mobile_network(), mobile_network()
+    value = value_of(damaged, name)
+    if name in ("low/0", "high/1"):  # both ends, so that every shape stays
+        for end in "01":
+            replace(damaged, f"{first}/{end}", value_of(damaged, f"{first}/{end}") + (1 if first == "low" else -1))
+    else:
+        replace(damaged, name, value * change)
+    assert_caught(check(damaged, model, pixels_of_kernels), first)
+
+
+@pytest.mark.parametrize(
+    "unit, attribute, value",
+    [
+        ("turned", "perm", [0, 2, 1, 4, 3]),  # another shape, and the same again behind the Reshape
+        ("leaky/float", "alpha", 0.11),
+        ("average/float", "count_include_pad", 0),
+    ],
+)
+def test_one_attribute(unit, attribute, value, pixels_of_kernels):
+    model, damaged = mobile_network(), mobile_network()
+    (found,) = [node for node in damaged.graph.node if node.name == unit]
+    (item,) = [item for item in found.attribute if item.name == attribute]
+    item.CopyFrom(helper.make_attribute(attribute, value))
+    assert_caught(check(damaged, model, pixels_of_kernels), unit.removesuffix("/float"))
+
+
+def test_two_swapped_inputs(pixels_of_kernels):
+    model, damaged = mobile_network(), mobile_network()
+    (dense,) = [node for node in damaged.graph.node if node.name == "dense"]
+    dense.input[0], dense.input[1] = dense.input[1], dense.input[0]
+    assert_caught(check(damaged, model, pixels_of_kernels), "dense")
