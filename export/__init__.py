@@ -5,8 +5,9 @@
     emit(graph, config, metadata)   IntegerGraph -> onnx.ModelProto      emission/
     export_model(...)               compile, emit, check: bytes          compiler.py
 
-graph.py        IntegerGraph: frozen dataclasses, every node one integer kernel
-validation.py   the rules it obeys; shapes.py, the shapes its nodes make
+graph.py        IntegerGraph: frozen dataclasses, every node one integer kernel or a float island
+validation.py   the rules it obeys as a whole; rules.py and weight_rules.py, what single nodes demand
+shapes.py       the shapes nodes make; refusal.py, how a rule refuses
 packing.py      2, 3 and 4 bits in bytes, and the tables that undo it
 config.py       ExportConfig; errors.py, ExportError
 

@@ -25,7 +25,7 @@ class GraphBuilder:
         self.values = graph.values
         self._proto = GraphProto(name=graph.name)
         self._names: set[str] = set()
-        self._shared: set[str] = set()
+        self._shared: dict[str, NDArray[Any]] = {}
         self._dequantized: set[str] = set()
         self._constants: dict[tuple[int, tuple[int, ...], bytes], str] = {}
 
@@ -57,10 +57,12 @@ class GraphBuilder:
         return name
 
     def shared(self, name: str, array: NDArray[Any]) -> str:
-        """Store an array that many nodes read, once."""
+        """Store an array that many nodes read, once. Two different ones of one name are refused."""
         if name not in self._shared:
-            self._shared.add(name)
+            self._shared[name] = array
             self.initializer(name, array)
+        elif not np.array_equal(self._shared[name], array):
+            self._claim(name)
         return name
 
     def constant(self, tensor: TensorProto, name: str) -> str:

@@ -84,9 +84,9 @@ def _emit_hard_sigmoid(builder: GraphBuilder, node: Elementwise) -> None:
     sixth_scale = builder.initializer(f"{node.output}/sixth/scale", np.array(sixth(source.scale)))
     sixth_zero = builder.initializer(f"{node.output}/sixth/zero_point", np.array(source.zero_point, np.uint8))
     real = builder.node("DequantizeLinear", [node.inputs[0], sixth_scale, sixth_zero], f"{node.output}/sixth")
-    one = builder.shared("half/code", np.array(1, np.uint8))
-    half_scale = builder.shared("half/scale", np.array(0.5, np.float32))
-    half_zero = builder.shared("half/zero_point", np.array(0, np.uint8))
+    one = builder.shared("hard_sigmoid/half", np.array(1, np.uint8))
+    half_scale = builder.shared("hard_sigmoid/half/scale", np.array(0.5, np.float32))
+    half_zero = builder.shared("hard_sigmoid/half/zero_point", np.array(0, np.uint8))
     half = builder.node("DequantizeLinear", [one, half_scale, half_zero], f"{node.output}/half")
     builder.quantize(builder.node("Add", [half, real], f"{node.output}/sum"), node.output)
 

@@ -50,9 +50,9 @@ def emit_concat(builder: GraphBuilder, node: Concat) -> None:
     builder.node("Concat", node.inputs, node.output, axis=node.axis)
 
 
-def reshape(builder: GraphBuilder, tensor: str, output: str, shape: Sequence[int]) -> str:
-    """Write `output`: the tensor as [-1, *shape], so that the batch, or rows of it, stays open. Returns `output`."""
-    return builder.node("Reshape", [tensor, _integers(builder, (-1, *shape))], output)
+def reshape(builder: GraphBuilder, tensor: str, output: str, shape: Sequence[int], batch_axis: int = 0) -> str:
+    """Write `output`: the tensor in `shape` with -1 at batch_axis: the batch, or rows of it, stays open. Returns it."""
+    return builder.node("Reshape", [tensor, _integers(builder, (*shape[:batch_axis], -1, *shape[batch_axis:]))], output)
 
 
 def _integers(builder: GraphBuilder, numbers: Sequence[int]) -> str:

@@ -41,7 +41,7 @@ def emit_gemm(builder: GraphBuilder, node: Gemm) -> None:
     else:
         builder.quantize(builder.node("Gemm", inputs, f"{node.output}/sum", transB=1), product, like=node.output)
     if not is_matrix:
-        reshape(builder, product, node.output, value.shape)
+        reshape(builder, product, node.output, value.shape, value.batch_axis)
 
 
 def _weight_and_bias(builder: GraphBuilder, node: Conv | Gemm) -> tuple[str, str]:

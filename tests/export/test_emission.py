@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import onnx
 import pytest
+from general_graphs import squeeze_excite_graph
 from handmade_graphs import depthwise_graph, odd_graph, residual_graph
 from onnx import TensorProto
 from onnx_files import constants, exported, writers
@@ -18,7 +19,7 @@ import mecdeploy
 from mecdeploy.export import ExportConfig, ExportError, compile_graph, emit, export_model
 from mecdeploy.export.emission.operators import EMITTERS
 from mecdeploy.export.emission.weights import STORAGES
-from mecdeploy.export.graph import Conv, Gemm, IntegerGraph, Node, outputs_of
+from mecdeploy.export.graph import Conv, Elementwise, Gemm, GlobalAveragePool, IntegerGraph, Node, outputs_of
 from mecdeploy.export.weight_rules import STORAGE_BITS
 
 BITS = (2, 3, 4, 8)
@@ -176,6 +177,25 @@ def test_given_metadata_cannot_overwrite_what_the_graph_determines() -> None:
 def test_the_same_graph_gives_the_same_bytes() -> None:
     first, second = (export_model(residual_graph(), ExportConfig(), {"b": "1", "a": "2"}) for _ in range(2))
     assert first == second
+
+
+def test_two_constants_of_one_name_are_refused() -> None:
+    """A value's scale is found by its name; so are the constants that all nodes share."""
+    graph = squeeze_excite_graph()
+    name = "hard_sigmoid/half"
+    nodes = tuple(
+        replace(node, output=name)
+        if node.name == "stem"
+        else replace(node, inputs=tuple(name if read == "stem" else read for read in node.inputs))
+        if isinstance(node, Elementwise)
+        else replace(node, input=name)
+        if isinstance(node, GlobalAveragePool) and node.name == "squeeze"
+        else node
+        for node in graph.nodes
+    )
+    values = {**graph.values, name: replace(graph.values["stem"], name=name)}
+    with pytest.raises(ExportError, match=f"^{name}.*: two tensors of the ONNX file would have this name; rename the"):
+        export_model(replace(graph, nodes=nodes, values=values), ExportConfig(), {})
 
 
 @pytest.mark.parametrize("other", ["block1.conv2/real", "block2.down/real", "block2.conv1/sum", "hidden/bias"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from general_graphs import dense_graph, shuffle_graph, squeeze_excite_graph, swish_graph, token_graph
 from handmade_graphs import depthwise_graph, odd_graph, pixels_for, residual_graph
 from integer_witness import evaluate
 from onnx_sessions import expose_units
@@ -25,6 +26,11 @@ GRAPHS: dict[str, Callable[..., IntegerGraph]] = {
     "residual": residual_graph,
     "depthwise": depthwise_graph,
     "odd": odd_graph,
+    "squeeze-excite": squeeze_excite_graph,
+    "swish": swish_graph,
+    "dense": dense_graph,
+    "shuffle": shuffle_graph,
+    "tokens": token_graph,
 }
 
 
