@@ -14,6 +14,14 @@ FOLDER = Path(__file__).parent / "golden"
 EXPECTED_KERNELS = {
     "residual-w4a4": {"QLinearConv": 6, "QLinearAdd": 3, "QGemm": 2, "QLinearGlobalAveragePool": 1},
     "depthwise-w2a4": {"QLinearConv": 6, "QLinearAdd": 1, "QGemm": 1},
+    "squeeze-excite": {
+        "QLinearConv": 5,
+        "QLinearAdd": 2,
+        "QLinearMul": 2,
+        "QLinearGlobalAveragePool": 2,
+        "QGemm": 1,
+    },
+    "dense": {"QLinearConv": 5, "QLinearAveragePool": 4, "Concat": 2, "QGemm": 1},
 }
 
 
