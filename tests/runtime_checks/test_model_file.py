@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 from qdq_models import images, residual_network
@@ -25,7 +26,9 @@ def data():
 
 
 def with_metadata(data, key, value):
-    model = residual_network()
+    model = onnx.ModelProto.FromString(data)
+    if value is not None and key not in (prop.key.removeprefix("mecdeploy.") for prop in model.metadata_props):
+        model.metadata_props.add(key=f"mecdeploy.{key}", value=value)
     for prop in list(model.metadata_props):
         if prop.key == f"mecdeploy.{key}":
             if value is None:
@@ -81,6 +84,32 @@ def test_a_format_of_the_future(data):
 @pytest.mark.parametrize("key, value", [("units", "{}"), ("weight_bits", "[1"), ("input", '"RGB"')])
 def test_metadata_of_another_kind(data, key, value):
     assert f"metadata mecdeploy.{key} is not a JSON" in complaint(with_metadata(data, key, value))
+
+
+def test_islands_are_optional_metadata(data):
+    file = read_model(data)
+    assert (file.float_values, dict(file.islands)) == ((), {})
+    described = {"norm": {"operators": ["layer_norm"], "reason": "no integer kernel"}}
+    with_islands = with_metadata(
+        with_metadata(data, "float_values", '["norm/codes"]'), "islands", json.dumps(described)
+    )
+    file = read_model(with_islands)
+    assert file.float_values == ("norm/codes",)
+    assert (file.islands["norm"].operators, file.islands["norm"].reason) == (("layer_norm",), "no integer kernel")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("float_values", "{}", "metadata mecdeploy.float_values is not a JSON list"),
+        ("islands", "[]", "metadata mecdeploy.islands is not a JSON dict"),
+        ("islands", '{"norm": []}', "metadata mecdeploy.islands has no operators or no reason for 'norm'"),
+        ("islands", '{"norm": {"operators": "x", "reason": ""}}', "has no operators or no reason for 'norm'"),
+        ("islands", '{"norm": {"operators": []}}', "has no operators or no reason for 'norm'"),
+    ],
+)
+def test_metadata_of_islands_of_another_kind(data, key, value, message):
+    assert message in complaint(with_metadata(data, key, value))
 
 
 def test_an_input_that_is_not_the_promised_one(data):

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 from qdq_models import Builder, images, initializer, replace, residual_network, to_logits, value_of
 from qdq_storage import STORAGES, STORED_BITS
+from qdq_units import mobile_network
 
 from mecdeploy.runtime_checks import CheckError, inspect_structure, read_model
 from mecdeploy.runtime_checks.runtime import Runtime, expose
@@ -167,3 +168,27 @@ def test_activation_bits_are_measured_too():
         "narrow: the integers are held at 3 bits, the metadata promises 4 bits",
         "flat: the integers are held at 8 bits, the metadata promises nothing",
     ]
+
+
+def test_what_stays_float_is_counted_where_no_island_is_either():
+    """An activation without an integer kernel between DequantizeLinear and QuantizeLinear: no failure, but told."""
+    model = residual_network()
+    assert inspect(model).float_operators == {}
+    for node in model.graph.node:
+        if node.name == "join/float":
+            node.op_type = "Div"  # not what was trained: only what is counted matters here
+    report = inspect(model)
+    assert report.float_operators == {"Div": 1}
+    assert report.islands == ()
+
+
+def test_bits_are_measured_through_every_movement():
+    """Slices, transposes and reshapes hold what they are given; a Concat what its widest input holds."""
+    model = mobile_network()
+    assert inspect(model).failures == ()
+    promised = json.loads(next(prop.value for prop in model.metadata_props if prop.key == "mecdeploy.activation_bits"))
+    names = ("dense", "pairs", "turned", "shuffled", "low", "high")
+    assert {promised[name] for name in names} == {8}
+    replace_in = {name: 4 for name in names}
+    set_metadata(model, "activation_bits", promised | replace_in)
+    assert [failure.split(":")[0] for failure in inspect(model).failures] == list(names)
