@@ -40,6 +40,7 @@ def validate_graph(graph: IntegerGraph) -> None:
         names.add(node.name)
         _check_inputs(node, graph, written)
         _check_outputs(node, graph, written)
+        _check_batch(node, graph)
         written.update(dict.fromkeys(outputs_of(node), node))
         RULES[type(node)](node, graph)
     if graph.output not in written:
@@ -53,13 +54,16 @@ def _check_ends(graph: IntegerGraph) -> None:
         if end not in graph.values:
             raise ExportError(f"{graph.name}: {end} is an end of the graph but not among its values.")
     pixels = graph.values[graph.input]
-    if pixels.quantization is None or pixels.quantization.qmax != 255 or len(pixels.shape) != 3:
+    if pixels.quantization is None or pixels.quantization.qmax != 255 or len(pixels.shape) != 3 or pixels.batch_axis:
         raise ExportError(
             f"{graph.name}: the input {graph.input} has shape {pixels.shape} and {pixels.quantization}; "
             "uint8 pixels (C, H, W) with a quantization of qmax 255 are due."
         )
-    if graph.values[graph.output].quantization is not None:
+    logits = graph.values[graph.output]
+    if logits.quantization is not None:
         raise ExportError(f"{graph.name}: the output {graph.output} is quantized; the logits must be float.")
+    if logits.batch_axis != 0:
+        raise ExportError(f"{graph.name}: the output {graph.output} has images on axis {logits.batch_axis}; 0 is due.")
 
 
 def _check_value(key: str, value: Value) -> None:
@@ -67,6 +71,8 @@ def _check_value(key: str, value: Value) -> None:
         raise ExportError(f"value {value.name!r} is filed under {key!r}; use its name.")
     if not value.shape or any(size < 1 for size in value.shape):
         raise ExportError(f"value {key}: shape {value.shape}; every dimension must be at least 1.")
+    if not 0 <= value.batch_axis <= len(value.shape):
+        raise ExportError(f"value {key}: batch_axis is {value.batch_axis}; its shape {value.shape} has no such axis.")
     if value.quantization is not None:
         _check_quantization(key, value.quantization)
 
@@ -120,3 +126,18 @@ def _check_outputs(node: Node, graph: IntegerGraph, written: dict[str, Node | No
     for name in outputs_of(node):
         if expected is not None and graph.values[name].shape != expected:
             refuse(node, f"writes {name} of shape {graph.values[name].shape}; its inputs make {expected}")
+
+
+def _check_batch(node: Node, graph: IntegerGraph) -> None:
+    """Images stand first; where islands put tokens before them, a Quantize and a Gemm leave them where they are."""
+    axes = {name: graph.values[name].batch_axis for name in (*inputs_of(node), *outputs_of(node))}
+    if isinstance(node, FloatIsland) or not any(axes.values()):
+        return
+    if not isinstance(node, Gemm | Quantize):
+        name, axis = next((name, axis) for name, axis in axes.items() if axis)
+        refuse(node, f"uses {name}, which has images on axis {axis}; only FloatIslands, Quantizes and Gemms may")
+    before, after = axes[node.input], axes[node.output]
+    if before != after:
+        refuse(node, f"moves images from axis {before} of {node.input} to axis {after} of {node.output}; they stay")
+    if isinstance(node, Gemm) and before == len(graph.values[node.input].shape):
+        refuse(node, f"reads {node.input}, whose last axis is that of the images; features are due there")

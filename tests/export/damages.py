@@ -38,7 +38,7 @@ def value(name: str, /, **changes: Any) -> Damage:
 
     def damage(graph: IntegerGraph) -> IntegerGraph:
         old = graph.values[name]
-        own = {key: change for key, change in changes.items() if key in ("name", "shape", "quantization")}
+        own = {key: change for key, change in changes.items() if key in ("name", "shape", "quantization", "batch_axis")}
         if len(own) < len(changes):
             assert old.quantization is not None
             own["quantization"] = replace(

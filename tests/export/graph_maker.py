@@ -167,7 +167,9 @@ class Maker:
         zero_point = int(self.rng.integers(old.qmax // 4, 3 * old.qmax // 4 + 1))
         return self._value(name, self.values[name].shape, replace(old, zero_point=zero_point))
 
-    def island(self, name: str, sources: Sequence[str], graph: GraphProto, **shapes: tuple[int, ...]) -> list[str]:
+    def island(
+        self, name: str, sources: Sequence[str], graph: GraphProto, batch_axis: int = 0, **shapes: tuple[int, ...]
+    ) -> list[str]:
         """shapes: output -> its shape. The values are named `<island>.<output>`."""
         outputs = tuple(f"{name}.{output}" for output in shapes)
         node = FloatIsland(
@@ -179,7 +181,9 @@ class Maker:
             reason="a test",
         )
         self.nodes.append(node)
-        return [self._value(output, shape, None) for output, shape in zip(outputs, shapes.values(), strict=True)]
+        for output, shape in zip(outputs, shapes.values(), strict=True):
+            self.values[output] = Value(name=output, shape=shape, quantization=None, batch_axis=batch_axis)
+        return list(outputs)
 
     def quantize(self, name: str, source: str, act_bits: int, spread: float = 1.0) -> str:
         return self._append(Quantize(name=name, input=source, output=name), act_bits, True, spread)
@@ -207,7 +211,10 @@ class Maker:
         (output,) = outputs_of(node)
         self.nodes.append(node)
         quantization = None if act_bits is None else self._fit(act_bits, signed, spread)
-        return self._value(output, self._made(node), quantization)
+        self._value(output, self._made(node), quantization)
+        if isinstance(node, Gemm | Quantize):
+            self.values[output] = replace(self.values[output], batch_axis=self.values[node.input].batch_axis)
+        return output
 
     def _move(self, node: MaxPool | Flatten | Reshape | Transpose | Slice, shape: tuple[int, ...] | None = None) -> str:
         self.nodes.append(node)

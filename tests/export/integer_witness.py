@@ -70,6 +70,7 @@ def evaluate(graph: IntegerGraph, pixels: np.ndarray, given: Mapping[str, np.nda
 def _evaluate(graph: IntegerGraph, node: Node, codes: Codes) -> np.ndarray:
     match node:
         case Conv() | Gemm():
+            # a Gemm works on the last axis, wherever the images stand
             return _weighted(graph, node, codes[node.input])
         case MaxPool():
             return _max_pool(node, codes[node.input], graph.values[node.output].shape)

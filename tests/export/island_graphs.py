@@ -63,6 +63,21 @@ first (float[N,17,12] a, float[N,17,12] b) => (float[N,12] y) <int64 zero = {0}>
     y = Gather<axis = 1>(normed, zero)
 }
 """
+TO_TOKENS = """
+to_tokens (float[N,12,4,4] x) => (float[16,N,12] y) <int64[3] size = {0, 12, 16}>
+{
+    flat = Reshape(x, size)
+    moved = Transpose<perm = [2, 0, 1]>(flat)
+    y = LayerNormalization<axis = -1>(moved, gain, shift)
+}
+"""
+TO_IMAGES = """
+to_images (float[16,N,12] x, float[16,N,7] z) => (float[N,19] y)
+{
+    both = Concat<axis = 2>(x, z)
+    y = ReduceMean<keepdims = 0>(both, first)
+}
+"""
 CALM = "calm (float[N,10] x) => (float[N,10] y) { y = LogSoftmax(x) }"
 
 
@@ -101,6 +116,22 @@ def attention_graph(weight_bits: int = 4, act_bits: int = 4, *, seed: int = 20, 
     codes = make.quantize("classifier.in", first, 8)
     make.gemm("classifier", codes, 10, weight_bits=8, act_bits=None, output="scores" if calm else None)
     return _ended_by_island(make.graph(), "calm", "scores", piece(CALM)) if calm else make.graph()
+
+
+def tokens_first_graph(weight_bits: int = 4, act_bits: int = 4, *, seed: int = 22) -> IntegerGraph:
+    """torch's attention keeps tokens before images: two Gemms, one of integers on both sides, over such values."""
+    make = Maker("tokens-first", (3, 16, 16), seed)
+    norm = {"gain": make.rng.uniform(0.5, 1.5, 12), "shift": make.rng.normal(size=12) / 4}
+    patches = make.learned(make.conv("patches", "pixels", 12, 4, stride=4, weight_bits=8, act_bits=8, signed=True))
+    (tokens,) = make.island("to_tokens", [patches], piece(TO_TOKENS, **norm), batch_axis=1, y=(16, 12))
+    codes = make.quantize("codes", tokens, act_bits)
+    hidden = make.gemm("hidden", codes, 9, weight_bits=weight_bits, act_bits=act_bits)
+    back = make.gemm("back", hidden, 7, weight_bits=weight_bits, act_bits=None, output="back")
+    ending = piece(TO_IMAGES)
+    ending.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "first"))
+    (pooled,) = make.island("to_images", [tokens, back], ending, y=(19,))
+    make.gemm("classifier", make.quantize("classifier.in", pooled, 8), 10, weight_bits=8, act_bits=None)
+    return make.graph()
 
 
 def _ended_by_island(graph: IntegerGraph, name: str, source: str, ending: GraphProto) -> IntegerGraph:

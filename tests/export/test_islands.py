@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import onnx
 import pytest
 from handmade_graphs import pixels_for, residual_graph
 from integer_witness import evaluate
-from island_graphs import attention_graph, island_graph
+from island_graphs import attention_graph, island_graph, tokens_first_graph
 from onnx.reference import ReferenceEvaluator
 from onnx_files import constants, exported, writers
 from onnx_sessions import expose_units, kernels, metadata_of, optimized, run
@@ -45,8 +46,11 @@ def test_gemms_between_islands_are_integer_kernels(weight_bits: int, target: str
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("act_bits", [4, 8])
-def test_from_its_islands_codes_on_every_unit_computes_the_witness_integers(act_bits: int, count: int) -> None:
-    graph = attention_graph(4, act_bits)
+@pytest.mark.parametrize("build", [attention_graph, tokens_first_graph])
+def test_from_its_islands_codes_on_every_unit_computes_the_witness_integers(
+    build: Callable[..., IntegerGraph], act_bits: int, count: int
+) -> None:
+    graph = build(4, act_bits)
     pixels = pixels_for(graph, count)
     data = export_model(graph, ExportConfig(), {})
     computed = run(expose_units(data), pixels)
@@ -133,6 +137,19 @@ def test_what_an_exporter_wrote_beside_nodes_stays_out() -> None:
             inner.doc_string = "line 1 of /home/someone"
             inner.metadata_props.add(key="stack_trace", value="line 2 of /home/someone")
     assert b"/home/someone" not in export_model(graph, ExportConfig(), {})
+
+
+def test_images_may_stand_behind_tokens_between_islands(tmp_path: Path) -> None:
+    graph = tokens_first_graph()
+    model = exported(graph)
+    arrays, made = constants(model), writers(model)
+    assert [arrays[made[name].input[1]].tolist() for name in ("hidden", "back")] == [[16, -1, 9], [16, -1, 7]]
+    found = kernels(optimized(model.SerializeToString(), tmp_path))
+    assert (found["QLinearConv"], found["QGemm"], found["Gemm"] + found["MatMul"]) == (1, 3, 0)
+    pixels = pixels_for(graph, 3)
+    whole = run(model.SerializeToString(), pixels)["logits"]
+    single = run(model.SerializeToString(), pixels[1:2])["logits"]
+    np.testing.assert_array_equal(single, whole[1:2])
 
 
 @pytest.mark.parametrize("graph", [attention_graph(), attention_graph(calm=True)], ids=["plain", "calm"])

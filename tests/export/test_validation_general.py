@@ -20,7 +20,7 @@ from general_graphs import (
     token_graph,
 )
 from graph_maker import Maker
-from island_graphs import attention_graph, piece
+from island_graphs import attention_graph, piece, tokens_first_graph
 from onnx_sessions import expose_units, run
 
 from mecdeploy.export import ExportConfig, ExportError, emit, validate_graph
@@ -29,7 +29,7 @@ from mecdeploy.export.graph import IntegerGraph, Quantization, Value
 
 SOUND = [
     squeeze_excite_graph, swish_graph, dense_graph, shuffle_graph, token_graph, headless_graph, matrix_logits_graph,
-    attention_graph,
+    attention_graph, tokens_first_graph,
 ]  # fmt: skip
 
 
@@ -214,6 +214,29 @@ GENERAL_DAMAGES: dict[str, tuple[Callable[[], IntegerGraph], Damage, str]] = {
         attention_graph,
         element(onnx.TensorProto.INT64, output=True),
         "FloatIsland residual: writes residual.normed as INT64; FLOAT is due",
+    ),
+    "images on another axis": (
+        dense_graph,
+        value("joined", batch_axis=1),
+        "Concat joined: uses joined, which has images on axis 1; only FloatIslands, Quantizes and Gemms may",
+    ),
+    "images moved": (
+        tokens_first_graph,
+        value("hidden", batch_axis=0),
+        "Gemm hidden: moves images from axis 1 of codes to axis 0 of hidden; they stay",
+    ),
+    "images for features": (
+        tokens_first_graph,
+        lambda graph: value("codes", batch_axis=2)(
+            value("to_tokens.y", batch_axis=2)(value("hidden", batch_axis=2)(graph))
+        ),
+        "Gemm hidden: reads codes, whose last axis is that of the images; features are due there",
+    ),
+    "no such axis": (dense_graph, value("joined", batch_axis=4), "value joined: batch_axis is 4; its shape (9, 6, 5)"),
+    "logits on another axis": (
+        dense_graph,
+        value("logits", batch_axis=1),
+        "dense: the output logits has images on axis 1; 0 is due",
     ),
     "foreign operator": (attention_graph, foreign, "FloatIsland gelu: holds com.microsoft.Gelu; only ONNX's own"),
     "external data": (attention_graph, external, "FloatIsland gelu: keeps far in another file; load it into its"),
