@@ -253,10 +253,10 @@ def _resolve(config_file: Path | None, out: Path | None, resume: bool, flags: Se
 
 
 def _network_of(run: Path) -> str:
-    """model.name in the run's own run.toml."""
-    from mecdeploy.run_folder import require_run
+    """model.name in the run's own run.toml; empty where there is no run."""
+    from mecdeploy.run_folder import CONFIG, RunFolder
 
-    return require_run(run).read_config().model.name
+    return RunFolder(run).read_config().model.name if (run / CONFIG).is_file() else ""
 
 
 def _say_what_is_executed(model: str) -> None:

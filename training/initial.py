@@ -20,6 +20,9 @@ from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.models.fitting import classifier, first_convolution, spread_over_channels
 from mecdeploy.training.models.zoo import fit_positions
 
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+"""What torch.load raises for a file that is truncated or foreign, beside UnpicklingError."""
+
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -125,7 +128,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         raise TrainingError(
             f"weights {path} holds more than tensors, or is no PyTorch file; save model.state_dict() and use that file."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except UNREADABLE as error:
         raise TrainingError(f"weights {path} cannot be read as a PyTorch file; it is truncated or foreign.") from error
     for key in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.initial import Weights
+from mecdeploy.training.initial import UNREADABLE, Weights
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.models.zoo import torchvision_names
 
@@ -40,8 +42,9 @@ def published_weights(model: str, name: str) -> Weights:
 
 def _fetch(member: Any, model: str) -> dict[str, torch.Tensor]:
     try:
-        state = member.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        with redirect_stdout(sys.stderr):  # where torch.hub says what it downloads
+            state = member.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(member.url).name
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TrainingError(

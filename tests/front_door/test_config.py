@@ -27,6 +27,7 @@ CONFIGS = st.builds(
     method=st.sampled_from(("mec", "lsq", "fp32")),
     seed=st.integers(0, 2**31),
     weights=st.text(st.characters(codec="utf-8")),
+    model=st.builds(ModelConfig, mean=st.just((0.485, 0.456, 0.406)), std=st.tuples(*[st.floats(0.01, 1)] * 3)),
     data=st.builds(DataConfig, name=st.text(st.characters(codec="utf-8")), skip_bad_images=st.booleans()),
     quant=st.builds(
         QuantConfig,
@@ -72,6 +73,8 @@ def test_flags_override_the_file_key_by_key() -> None:
         ({"weight_bits": 4}, "unknown key 'weight_bits'; did you mean 'quant.weight_bits'?"),
         ({"model": {"epochs": 4}}, "unknown key 'model.epochs'; did you mean 'schedule.epochs'?"),
         ({"quantt": {}}, "unknown key 'quantt'; did you mean 'quant'?"),
+        ({"init": "a.pth"}, "unknown key 'init'; did you mean 'weights'?"),
+        ({"model": {"mean": 0.5}}, "model.mean is 0.5; it must be a list."),
         ({"zzzzzz": 1}, "unknown key 'zzzzzz'; docs/cli.md lists the keys."),
         ({"seed": "1"}, "seed is '1'; it must be a whole number."),
         ({"seed": True}, "seed is True; it must be a whole number."),
@@ -135,3 +138,5 @@ def test_run_names() -> None:
     assert run_name(TrainConfig()) == "digits-resnet8-mec-w4a4-seed0"
     photos = TrainConfig(method="fp32", seed=3, data=DataConfig(name="imagefolder:/data/photos/"))
     assert run_name(photos) == "imagefolder-photos-resnet8-fp32-seed3"
+    own = TrainConfig(method="fp32", model=ModelConfig(name="../my nets/net v2.py:make"))
+    assert run_name(own) == "digits-net_v2-make-fp32-seed0"

@@ -9,8 +9,8 @@ from torch import nn
 from mecdeploy.training.config import ModelConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.models.small import SMALL_DEPTHS, SmallResNet
-from mecdeploy.training.models.zoo import torchvision_names, torchvision_network
 from mecdeploy.training.models.user_file import user_network
+from mecdeploy.training.models.zoo import torchvision_names, torchvision_network
 from mecdeploy.training.names import user_file
 
 
@@ -54,9 +54,7 @@ def build_model(config: ModelConfig, *, num_classes: int, channels: int, height:
 
 def _unknown(name: str) -> TrainingError:
     if name.endswith(".py"):
-        return TrainingError(
-            f"model.name is {name!r}; say which function or class in it makes the network: {name}:NAME."
-        )
+        return TrainingError(f"model.name is {name!r}; name the function or class that makes the network: {name}:NAME.")
     close = difflib.get_close_matches(name.lower(), available_models(), n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return TrainingError(
