@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from mecdeploy.export.errors import ExportError
-from mecdeploy.export.graph import IntegerGraph, Quantization
+from mecdeploy.export.graph import IntegerGraph, Quantization, Quantize
 
 BATCH = "N"
 """Name of the batch dimension."""
@@ -21,8 +21,12 @@ class GraphBuilder:
     """Collects one ONNX graph. Tensor names are unique; initialisers hold raw_data, never varints."""
 
     def __init__(self, graph: IntegerGraph) -> None:
-        """graph: where the values' quantizations come from."""
+        """graph: where the values' quantizations come from.
+
+        quantized_floats: the float values that a Quantize reads.
+        """
         self.values = graph.values
+        self.quantized_floats = frozenset(node.input for node in graph.nodes if isinstance(node, Quantize))
         self._proto = GraphProto(name=graph.name)
         self._names: set[str] = set()
         self._shared: dict[str, NDArray[Any]] = {}

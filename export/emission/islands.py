@@ -25,10 +25,11 @@ def emit_float_island(builder: GraphBuilder, node: FloatIsland) -> None:
     written = {name for inner in node.graph.node for name in inner.output}
     copies = []
     for entry, value in zip(node.graph.output, node.outputs, strict=True):
-        # a tensor has one name: an output that is an input, a constant or another output is copied too
-        if entry.name in written and entry.name not in names and not needs_barrier(node.graph, entry.name):
+        is_own = entry.name in written and entry.name not in names
+        if is_own and not (value in builder.quantized_floats and needs_barrier(node.graph, entry.name)):
             names[entry.name] = value
         else:
+            # what is an input, a constant or another output is copied too: a tensor has one name
             copies.append((entry.name, value))
 
     def rename(name: str) -> str:
