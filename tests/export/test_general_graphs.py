@@ -23,7 +23,7 @@ from onnx_sessions import expose_units, kernels, optimized, run
 from random_graphs import random_graph
 
 from mecdeploy.export import ExportConfig, compile_graph, export_model
-from mecdeploy.export.graph import IntegerGraph
+from mecdeploy.export.graph import Conv, Gemm, IntegerGraph
 
 BITS = (2, 3, 4, 8)
 TARGETS = ("onnxruntime", "portable")
@@ -94,6 +94,19 @@ def test_targets_and_packed_widths_agree_bit_for_bit(name: str) -> None:
         for bits in BITS:
             logits = run(export(graph, target=target, bits=bits), pixels)["logits"]
             np.testing.assert_array_equal(logits, expected, err_msg=f"{target} {bits}")
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_rewrite_for_cpus_without_vnni_computes_the_witness_integers(name: str) -> None:
+    graph = GRAPHS[name](8, 8)
+    for node in graph.nodes:
+        if isinstance(node, Conv | Gemm):
+            node.weight.codes.flat[0] = -128  # beyond 7 bits: what the rewrite is for
+    pixels = pixels_for(graph, 2)
+    computed = run(expose_units(export(graph)), pixels, session_x64quantprecision="1")
+    expected = evaluate(graph, pixels)
+    for value, codes in computed.items():
+        np.testing.assert_array_equal(codes, expected[value], err_msg=value)
 
 
 def test_logits_may_have_more_than_one_axis() -> None:

@@ -100,6 +100,14 @@ def test_the_batch_is_free() -> None:
         np.testing.assert_array_equal(run(data, pixels[index : index + 1])["logits"], whole[index : index + 1])
 
 
+def test_a_float_input_gives_the_logits_of_its_pixels() -> None:
+    graph = attention_graph()
+    pixels = pixels_for(graph, 3)
+    data = export_model(graph, ExportConfig(input="float"), {})
+    logits = run(data, pixels.astype(np.float32) / np.float32(255))["logits"]
+    np.testing.assert_array_equal(logits, run(export_model(graph, ExportConfig(), {}), pixels)["logits"])
+
+
 def test_names() -> None:
     graph = attention_graph(calm=True)
     model = exported(graph)
