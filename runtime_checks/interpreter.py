@@ -61,7 +61,7 @@ class Interpreter:
         """Stored uint8 codes of every integer tensor, and the float32 outputs of Gemms, for raw pixels [n, C, H, W].
 
         outputs: tensors to return; the others are dropped as soon as nothing reads them. None returns all.
-        given: the codes of the file's float_values, uint8 [n, ...]: taken as they are.
+        given: the codes of the file's float_values, uint8, taken as they are.
         """
         values: dict[str, Array] = {**self._file.feed(pixels), **self._checked(given, len(pixels))}
         last_use = {name: index for index, step in enumerate(self._steps) for name in step.inputs}
@@ -85,10 +85,10 @@ class Interpreter:
                     "Pass given={name: codes} with onnxruntime's."
                 )
             codes = given[name]
-            if codes.dtype != np.uint8 or codes.shape[:1] != (images,):
+            if codes.dtype != np.uint8 or images not in codes.shape:
                 raise CheckError(
                     f"{name}: given as {codes.dtype} {list(codes.shape)} for {images} images; "
-                    f"pass its uint8 codes, [{images}, ...]."
+                    f"pass its uint8 codes, an axis of {images} among theirs."
                 )
         return {name: given[name] for name in self._given}
 
