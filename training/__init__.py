@@ -6,7 +6,7 @@
     patterns.py      torch.fx nodes -> plans of units;  widths.py: at which width each is stored and read
     preparation.py   float model -> QuantizedModel (model.py);  calibration.py: its first step sizes
     coding.py        coding rates;  mec.py: the maximum-entropy-coding objective made of them
-    data/            images in memory or streamed;  models.py: the networks a config can name
+    data/            images in memory or streamed;  models/: the networks a config can name
     loop.py          the stages of a run;  checkpoint.py: what survives it;  config.py: what it can be told
     seeding.py       one seed, derived for every step: nothing random has a state to lose
 
