@@ -240,6 +240,7 @@ class Bench:
     def _at_weight_bits(self, name: str, bits: int) -> _Outcome:
         unit = weighted_units(self._model)[name]
         before, unit.weight_quantizer = unit.weight_quantizer, _quantizer(unit, bits)
+        _set_steps(unit)
         try:
             return self._judge(self._model)
         finally:
@@ -269,11 +270,15 @@ class Bench:
 
 
 def _quantizer(unit: WeightedUnit, bits: int) -> WeightQuantizer:
-    """A quantiser of the unit's weight at another width, at the steps that calibration finds."""
-    quantizer = WeightQuantizer(bits, unit.weight.shape[0]).to(unit.weight.device)
-    with torch.no_grad():
-        quantizer.step.copy_(search_steps(unit.weight.flatten(1), quantizer.lower, quantizer.upper))
-    return quantizer
+    """Another quantiser for the unit's weight, its steps yet to be found."""
+    return WeightQuantizer(bits, unit.weight.shape[0]).to(unit.weight.device)
+
+
+@torch.no_grad()
+def _set_steps(unit: WeightedUnit) -> None:
+    """The steps that `calibrate` finds."""
+    quantizer = unit.weight_quantizer
+    quantizer.step.copy_(search_steps(unit.weight.flatten(1), quantizer.lower, quantizer.upper))
 
 
 def _standard_error(values: Tensor) -> float:
