@@ -41,8 +41,8 @@ INT16_MAX = 32767
 NOT_FLOAT = frozenset(
     {
         *INTEGER_PRODUCTS, "QuantizeLinear", "DequantizeLinear", "MaxPool", "NhwcMaxPool", "Clip", "Flatten", "Reshape",
-        "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Gather", "Expand", "Tile", "Cast", "Identity", "Shape",
-        "Constant",
+        "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Gather", "Expand", "Tile", "Cast", "Identity",
+        "Shape", "Constant",
     }
 )  # fmt: skip
 """Integer kernels, and what only moves or selects values; QLinear kernels go by their prefix."""

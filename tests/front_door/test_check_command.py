@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +13,8 @@ import onnx
 import pytest
 from calling import Call
 from onnx import numpy_helper
+from rich.console import Console
+from rich.table import Table
 
 KEYS = {
     "integers_compared",
@@ -20,6 +24,10 @@ KEYS = {
     "accuracy_onnxruntime",
     "max_logit_difference",
     "float_convolutions",
+    "exact_end_to_end",
+    "float_islands",
+    "islands",
+    "float_operators",
     "packed_bits",
     "passed",
     "versions",
@@ -62,6 +70,43 @@ def test_the_default_file_is_the_runs(call: Call, copy: Path, model: Path) -> No
     assert not (copy / "parity.json").exists()
     shutil.copy(model, copy / "model.onnx")
     assert call("check", copy).code == 0
+
+
+def test_the_table_tells_what_runs_in_float(copy: Path, model: Path) -> None:
+    """A report with two float islands, as a terminal of 80 columns shows it; without islands no such row."""
+    from mecdeploy import check, tables
+    from mecdeploy.runtime_checks.report import IslandReport
+
+    report = check(copy, model)
+    assert "island" not in shown(tables.parity(report))
+    islands = tuple(
+        IslandReport(
+            name=name,
+            operators=operators,
+            reason="no integer kernel",
+            kernels={},
+            compared=12_000,
+            different=2,
+            max_difference=1.0,
+            values=(),
+        )
+        for name, operators in (("norm", ("layer_norm",)), ("attend", ("softmax", "layer_norm")))
+    )
+    operators = {"Softmax": 1, "LayerNormalization": 2}
+    table = tables.parity(
+        dataclasses.replace(report, exact_end_to_end=False, float_islands=2, islands=islands, float_operators=operators)
+    )
+    text = shown(table)
+    assert "2: layer_norm 2, softmax 1" in text
+    assert "24,000, 4 differ" in text
+    assert "LayerNormalization 2, Softmax 1" in text
+
+
+def shown(table: Table) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def test_a_damaged_file_fails_and_names_the_unit(call: Call, copy: Path, model: Path, tmp_path: Path) -> None:
