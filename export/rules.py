@@ -142,9 +142,23 @@ def _check_island(node: FloatIsland, graph: IntegerGraph) -> None:
     )
     if foreign:
         refuse(node, f"holds {', '.join(foreign)}; only ONNX's own operators run everywhere")
+    _check_island_is_whole(node)
     outside = [tensor.name for tensor in node.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
     if outside:
         refuse(node, f"keeps {outside[0]} in another file; load it into its graph first")
+
+
+def _check_island_is_whole(node: FloatIsland) -> None:
+    """Every tensor is written before it is read, by the island's own inputs, constants and nodes."""
+    written = {entry.name for entry in (*node.graph.input, *node.graph.initializer)} | {""}
+    for inner in node.graph.node:
+        for name in inner.input:
+            if name not in written:
+                refuse(node, f"its {inner.op_type} reads {name}, which nothing in its graph writes before it")
+        written.update(inner.output)
+    for entry in node.graph.output:
+        if entry.name not in written:
+            refuse(node, f"its output {entry.name} is written by nothing in its graph")
 
 
 def _element_name(element: int) -> str:

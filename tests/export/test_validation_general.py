@@ -239,6 +239,16 @@ GENERAL_DAMAGES: dict[str, tuple[Callable[[], IntegerGraph], Damage, str]] = {
         "dense: the output logits has images on axis 1; 0 is due",
     ),
     "foreign operator": (attention_graph, foreign, "FloatIsland gelu: holds com.microsoft.Gelu; only ONNX's own"),
+    "island reads what is not there": (
+        attention_graph,
+        node("gelu", graph=piece("gelu (float[N,17,20] x) => (float[N,17,20] y) { y = Add(x, z) }")),
+        "FloatIsland gelu: its Add reads z, which nothing in its graph writes before it",
+    ),
+    "island without an end": (
+        attention_graph,
+        node("gelu", graph=piece("gelu (float[N,17,20] x) => (float[N,17,20] y) { z = Tanh(x) }")),
+        "FloatIsland gelu: its output y is written by nothing in its graph",
+    ),
     "external data": (attention_graph, external, "FloatIsland gelu: keeps far in another file; load it into its"),
 }
 
