@@ -81,13 +81,12 @@ def fill(model: nn.Module, weights: Weights) -> list[str]:
     """
     wanted = model.state_dict()
     tensors = _named_alike(weights.tensors, wanted)
-    tensors, notes = _fitted(model, tensors, wanted, weights.source)
-    kept = _classifier_names(model) if len(tensors) < len(wanted) and notes else set()
+    tensors, afresh, notes = _fitted(model, tensors, wanted, weights.source)
     # Counts of batches are absent from old files, and no arithmetic of ours reads them.
     missing = [
         name
         for name in wanted
-        if name not in tensors and name not in kept and not name.endswith(".num_batches_tracked")
+        if name not in tensors and name not in afresh and not name.endswith(".num_batches_tracked")
     ]
     unexpected = [name for name in tensors if name not in wanted]
     if missing or unexpected:
@@ -161,8 +160,9 @@ def _named_alike(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[s
 
 def _fitted(
     model: nn.Module, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors that fit, and a sentence about each that was changed or left out."""
+) -> tuple[dict[str, Tensor], set[str], list[str]]:
+    """The tensors that fit, the names of those left out, and a sentence about each that was changed or left out."""
+    afresh: set[str] = set()
     notes = []
     different = {name for name in tensors if name in wanted and tensors[name].shape != wanted[name].shape}
     head = _classifier_names(model) & different
@@ -172,7 +172,8 @@ def _fitted(
         notes.append(
             f"{source} classifies {saved} classes, the data has {classes}: {name.rpartition('.')[0]} starts afresh."
         )
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in _classifier_names(model)}
+        afresh = _classifier_names(model)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in afresh}
     stem = f"{first_convolution(model)}.weight"
     if stem in different and _is_rgb_of(tensors[stem].shape, wanted[stem].shape):
         tensors[stem] = spread_over_channels(tensors[stem], 1)
@@ -181,7 +182,7 @@ def _fitted(
     if resized is not None:
         tensors = resized
         notes.append(f"{source} was trained with images of another size: its position embedding is interpolated.")
-    return tensors, notes
+    return tensors, afresh, notes
 
 
 def _is_rgb_of(saved: torch.Size, gray: torch.Size) -> bool:

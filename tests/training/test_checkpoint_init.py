@@ -149,6 +149,13 @@ def test_only_the_classifier_may_have_other_classes(tmp_path):
     assert "missing bn1.bias; nothing unexpected" in refused(tmp_path / "part.pth")
 
 
+def test_a_classifier_that_is_absent_is_missing(tmp_path):
+    state = trained_state() | {"conv1.weight": torch.randn(8, 3, 3, 3)}
+    del state["fc.weight"], state["fc.bias"]
+    torch.save(state, tmp_path / "features.pth")
+    assert "missing fc.weight, fc.bias; nothing unexpected" in refused(tmp_path / "features.pth")
+
+
 def test_colours_are_summed_for_grayscale_images(tmp_path):
     rgb = torch.randn(8, 3, 3, 3)
     torch.save(trained_state() | {"conv1.weight": rgb}, tmp_path / "rgb.pth")
