@@ -41,11 +41,16 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A tensor between nodes. shape: without the leading dimension, the batch's. quantization: None for float32."""
+    """A tensor between nodes.
+
+    shape: without the batch's dimension. batch_axis: where that stands; anywhere but first only between float islands
+    and Gemms, for networks that keep tokens before images. quantization: None for float32.
+    """
 
     name: str
     shape: tuple[int, ...]
     quantization: Quantization | None
+    batch_axis: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

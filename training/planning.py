@@ -133,6 +133,10 @@ class Planner:
         """A value's codes; a float one is quantised once, for all its readers."""
         if value.codes:
             return value
+        if value.plan is not None and value.plan.kind == "weighted":
+            # Another layer reads these products: rounded once, by the kernel that makes them, for all.
+            value.plan.float_output, value.codes = False, True
+            return value
         if value not in self._quantized:
             node, made = value.node, value.plan
             signed = node is None or operator_name(node).rstrip("_") not in NEVER_NEGATIVE
