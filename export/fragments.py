@@ -13,9 +13,10 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from onnx import GraphProto, numpy_helper
+from onnx import GraphProto, ModelProto, numpy_helper
 from torch import Tensor, fx, nn
 
 from mecdeploy.export.errors import ExportError
@@ -138,11 +139,7 @@ def _export(fragments: Sequence[Fragment]) -> list[GraphProto]:
         for fragment, batch in ((fragment, torch.export.Dim(f"batch_{i}")) for i, fragment in enumerate(fragments))
     ]
     template = _Template(fragments).eval()
-    with _quiet(), torch.no_grad():
-        program = torch.export.export(template, (arguments,), dynamic_shapes=(shapes,), strict=False)
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
-    assert exported is not None
-    graph = exported.model_proto.graph
+    graph = write_onnx(template, (arguments,), dynamic_shapes=(shapes,)).graph
     inputs = iter([value.name for value in graph.input])
     outputs = iter([value.name for value in graph.output])
     found = []
@@ -150,6 +147,19 @@ def _export(fragments: Sequence[Fragment]) -> list[GraphProto]:
         count = len(next(node for node in reversed(fragment.module.graph.nodes) if node.op == "output").args[0])
         found.append(_part(graph, [next(inputs) for _ in given], [next(outputs) for _ in range(count)]))
     return found
+
+
+@torch.no_grad()
+def write_onnx(model: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any, **names: list[str]) -> ModelProto:
+    """A float module as ONNX, by torch.onnx, which is kept from printing: what goes wrong is raised.
+
+    arguments, dynamic_shapes: as torch.export takes them. names: input_names, output_names.
+    """
+    with _quiet():
+        program = torch.export.export(model, arguments, dynamic_shapes=dynamic_shapes, strict=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+    assert exported is not None
+    return exported.model_proto
 
 
 def _part(graph: GraphProto, inputs: list[str], outputs: list[str]) -> GraphProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,14 @@ class TorchReference:
     def __init__(self, model: QuantizedModel) -> None:
         self._model = model
 
-    def integers(self, pixels: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
-        """Stored uint8 codes of every unit output, and the float32 logits, for uint8 images [n, C, H, W]."""
-        return self._model.integers(torch.from_numpy(np.ascontiguousarray(pixels)))
+    def integers(
+        self, pixels: NDArray[np.uint8], given: Mapping[str, NDArray[Any]] = MappingProxyType({})
+    ) -> Mapping[str, NDArray[Any]]:
+        """Stored uint8 codes of every unit output, and the float32 logits, for uint8 images [n, C, H, W].
+
+        given: codes of values that a float island makes, which later units read in place of their own.
+        """
+        return self._model.integers(torch.from_numpy(np.ascontiguousarray(pixels)), given)
 
     @torch.inference_mode()
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -23,9 +23,6 @@ def fold_normalization(plans: Plans, spec: InputSpec) -> None:
     if not spec.mean:
         return
     for plan in plans.readers(PIXELS):
-        sizes_only = plan.kind == "island" and plan.options["asks_for_batch_size"]
-        if sizes_only and plan.reads.count(PIXELS) == 1:
-            continue
         if plan.kind != "weighted" or plan.layer is None or plan.layer.geometry is None:
             raise TrainingError(
                 f"{plan.name} reads the pixels, and only a convolution can take in a normalisation per channel. Set "

@@ -23,6 +23,7 @@ Arguments: TypeAlias = dict[str, Any]
 Rule: TypeAlias = "Callable[[Planner, fx.Node, Arguments], Value | str | None]"
 
 IN_FLOAT = "its input is float"
+ACROSS_IMAGES = "it moves values across the axis of the images"
 
 REFUSED = {
     "conv1d": "only two-dimensional convolutions have one",
@@ -330,14 +331,19 @@ def _average(
 
 
 def _reshape(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
-    x = planner.codes(a.get("self", a.get("input")))
-    return IN_FLOAT if x is None else _reshape_to(planner, node, x)
+    source = a.get("self", a.get("input"))
+    x = planner.codes(source)
+    if x is None:
+        return IN_FLOAT
+    if str(shape_of(source)[0]) != str(planner.trace.batch):
+        return ACROSS_IMAGES
+    return _reshape_to(planner, node, x)
 
 
 def _reshape_to(planner: Planner, node: fx.Node, x: Value) -> Value | str:
     batch, *sizes = shape_of(node)
     if str(batch) != str(planner.trace.batch) or any(not isinstance(size, int) for size in sizes):
-        return "it moves values from one image to another"
+        return ACROSS_IMAGES
     name = planner.name_of(node)
     if x.plan is not None and x.plan.name == name:
         name = f"{name}_flat"
@@ -362,7 +368,7 @@ def _transposed(planner: Planner, node: fx.Node, a: Arguments, axes: list[int]) 
     if x is None:
         return IN_FLOAT
     if axes[0] != 0:
-        return "it moves values from one image to another"
+        return ACROSS_IMAGES
     return planner.add_plan(planner.name_of(node), "transpose", [x], options={"permutation": tuple(axes)})
 
 

@@ -75,6 +75,11 @@ class Plan:
         return tuple(PIXELS if value.plan is None else value.plan.value_name(value.position) for value in self.inputs)
 
     @property
+    def asks_for_batch_size(self) -> bool:
+        """Whether it is an island whose first input is the pixels, of which it reads the size alone."""
+        return bool(self.options.get("asks_for_batch_size"))
+
+    @property
     def quantized(self) -> bool:
         """Whether its output has a quantiser of its own."""
         return self.kind not in (*PASS_THROUGH, "island", "dequantize") and not self.float_output
@@ -100,9 +105,13 @@ class Plans:
         return found
 
     def direct_readers(self, name: str) -> list[Plan]:
-        """The plans that read any output of plan `name` (or PIXELS)."""
+        """The plans that read any output of plan `name` (or PIXELS; not those that ask for the number of images)."""
         if name == PIXELS:
-            return [plan for plan in self.by_name.values() if any(value.plan is None for value in plan.inputs)]
+            return [
+                plan
+                for plan in self.by_name.values()
+                if any(value.plan is None for value in plan.inputs[int(plan.asks_for_batch_size) :])
+            ]
         made = self.by_name[name]
         return [plan for plan in self.by_name.values() if any(value.plan is made for value in plan.inputs)]
 

@@ -78,6 +78,8 @@ class State:
         self.history: list[dict[str, Any]] = []
         self.accuracy_fp32: float | None = None
         self._begin_float()
+        if config.method != "fp32":
+            self._prepared()  # what cannot be quantised is refused before it is trained, not after
 
     def load_weights(self) -> list[str]:
         """Start from config.weights instead of random ones, with their normalisation unless the config has one.

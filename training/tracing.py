@@ -122,13 +122,17 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 
 def _export(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole block, which hides its layers
         with _quiet():
             return torch.export.export(model, (image,), dynamic_shapes=({0: batch},), strict=False)
     except TrainingError:
         raise
     except Exception as error:
         raise TrainingError(_explain(model, error)) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager
