@@ -130,10 +130,10 @@ def test_two_steps_are_a_failure(name, pixels):
 
 def test_many_single_steps_are_a_failure(pixels):
     model = token_network()
-    assert check(model, TokenReference(model, moved("normed/codes", 1, 0.04)), pixels).passed
-    report = check(model, TokenReference(model, moved("normed/codes", 1, 0.06)), pixels)
+    assert check(model, TokenReference(model, moved("normed/codes", 1, 0.008)), pixels).passed
+    report = check(model, TokenReference(model, moved("normed/codes", 1, 0.012)), pixels)
     assert report.first_different_unit == "normed/codes"
-    assert "by at most 1 steps; float rounding explains 1 step in up to 5% of them" in report.failures[0]
+    assert "by at most 1 steps; float rounding explains 1 step in up to 1% of them" in report.failures[0]
 
 
 def test_a_reference_without_the_value_does_not_pass(pixels):
