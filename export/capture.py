@@ -35,7 +35,7 @@ from mecdeploy.export.graph import (
     Value,
     Weight,
 )
-from mecdeploy.training.model import LOGITS, QuantizedModel, Step
+from mecdeploy.training.model import QuantizedModel, Step
 from mecdeploy.training.movement import (
     ConcatUnit,
     DequantizeUnit,
@@ -47,7 +47,7 @@ from mecdeploy.training.movement import (
     SliceUnit,
     TransposeUnit,
 )
-from mecdeploy.training.plans import PIXELS
+from mecdeploy.training.plans import LOGITS, PIXELS
 from mecdeploy.training.quantizers import QTensor
 from mecdeploy.training.units import (
     AddUnit,

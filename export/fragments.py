@@ -60,7 +60,7 @@ def _key(fragment: Fragment) -> str:
             content = "" if _is_weight(tensor) else hashlib.sha256(tensor.numpy(force=True).tobytes()).hexdigest()
             lines.append(f"constant {tuple(tensor.shape)} {tensor.dtype} {content}")
         else:
-            arguments = fx.map_arg((node.args, node.kwargs), lambda n: order[n])  # type: ignore[return-value, arg-type]
+            arguments = fx.map_arg((node.args, node.kwargs), lambda n: order[n])
             lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {arguments}")
     return "\n".join(lines)
 
@@ -150,14 +150,28 @@ def _export(fragments: Sequence[Fragment]) -> list[GraphProto]:
 
 
 @torch.no_grad()
-def write_onnx(model: nn.Module, arguments: tuple[Any, ...], dynamic_shapes: Any, **names: list[str]) -> ModelProto:
+def write_onnx(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic_shapes: Any,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> ModelProto:
     """A float module as ONNX, by torch.onnx, which is kept from printing: what goes wrong is raised.
 
-    arguments, dynamic_shapes: as torch.export takes them. names: input_names, output_names.
+    arguments, dynamic_shapes: as torch.export takes them.
     """
     with _quiet():
         program = torch.export.export(model, arguments, dynamic_shapes=dynamic_shapes, strict=False)
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=input_names,
+            output_names=output_names,
+        )
     assert exported is not None
     return exported.model_proto
 

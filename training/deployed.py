@@ -47,7 +47,10 @@ SMALLEST_SCALE = 1e-30
 
 
 def fold(
-    step: Tensor, bias: Tensor | None, batch_norm: torch.nn.BatchNorm2d | None, input_scale: Tensor
+    step: Tensor,
+    bias: Tensor | None,
+    batch_norm: torch.nn.BatchNorm2d | torch.nn.BatchNorm1d | None,
+    input_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Weight scale and bias of a layer after its BatchNorm has gone into them: ([O] float32, [O] float32 real units).
 

@@ -129,7 +129,7 @@ class _Copy:
             return self.made[node]
         value = self.planner.values.get(node)
         if node not in self.inside and value in self.inputs:
-            self.made[node] = self.inputs[value]  # type: ignore[index]
+            self.made[node] = self.inputs[value]
         elif node in self.planner.trace.constants:
             self.made[node] = self._constant(node)
         elif operator_name(node) == "sym_size" and str(node.meta["val"]) == str(self.planner.trace.batch):

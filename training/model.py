@@ -16,8 +16,7 @@ from mecdeploy.training.config import CODED_TENSORS, QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.movement import DropoutUnit, FloatUnit
-from mecdeploy.training.planning import LOGITS
-from mecdeploy.training.plans import PIXELS
+from mecdeploy.training.plans import LOGITS, PIXELS
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
 from mecdeploy.training.recording import Recording
 from mecdeploy.training.units import Unit, WeightedUnit

@@ -45,7 +45,7 @@ def arguments_of(node: fx.Node) -> Arguments:
     """A node's arguments by the names of its operator's schema, defaults included."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[arg-type]
+        return dict(node.kwargs)
     found: Arguments = {}
     for position, argument in enumerate(schema.arguments):
         if position < len(node.args):
@@ -333,7 +333,7 @@ def _average(
 def _reshape(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
     source = a.get("self", a.get("input"))
     x = planner.codes(source)
-    if x is None:
+    if x is None or not isinstance(source, fx.Node):
         return IN_FLOAT
     if str(shape_of(source)[0]) != str(planner.trace.batch):
         return ACROSS_IMAGES
@@ -358,7 +358,7 @@ def _permute(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
 def _transpose(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
     rank = len(shape_of(node))
     axes = list(range(rank))
-    first, second = (axis % rank for axis in (a.get("dim0", a.get("axis0")), a.get("dim1", a.get("axis1"))))
+    first, second = (int(a[f"dim{i}"] if f"dim{i}" in a else a[f"axis{i}"]) % rank for i in (0, 1))
     axes[first], axes[second] = axes[second], axes[first]
     return _transposed(planner, node, a, axes)
 

@@ -19,7 +19,6 @@ from mecdeploy.training.operators import REFUSED, RULES, arguments_of
 from mecdeploy.training.plans import Plan, Plans, Value
 from mecdeploy.training.tracing import Trace, operator_name, place_of, where
 
-LOGITS = "logits"
 NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "softplus")
 """Float operators whose results need no sign."""
 

@@ -13,6 +13,9 @@ from mecdeploy.training.geometry import Geometry
 PIXELS = "pixels"
 """Name of the value that holds the raw input."""
 
+LOGITS = "logits"
+"""Name of the value that the model returns."""
+
 PASS_THROUGH = ("max_pool", "reshape", "transpose", "slice", "concat", "dropout")
 """Kinds whose output keeps the quantisation of their input."""
 

@@ -11,7 +11,7 @@ from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.geometry import Geometry, sides
 from mecdeploy.training.input_spec import InputSpec
-from mecdeploy.training.model import LOGITS, QuantizedModel, Step
+from mecdeploy.training.model import QuantizedModel, Step
 from mecdeploy.training.movement import (
     ConcatUnit,
     DequantizeUnit,
@@ -25,7 +25,7 @@ from mecdeploy.training.movement import (
 )
 from mecdeploy.training.normalization import fold_normalization
 from mecdeploy.training.planning import plan_units
-from mecdeploy.training.plans import PIXELS, Plan, Plans
+from mecdeploy.training.plans import LOGITS, PIXELS, Plan, Plans
 from mecdeploy.training.quantizers import ActivationQuantizer
 from mecdeploy.training.tracing import trace
 from mecdeploy.training.units import (
