@@ -50,8 +50,15 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to the device in channels_last, the layout in which both CPUs and GPUs convolve faster."""
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    """Move a network to the device in channels_last, the layout in which both CPUs and GPUs convolve faster.
+
+    Tensors of other ranks than a convolution's 4 keep their layout (Module.to refuses those of rank 5).
+    """
+    model = model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def channels_last(images: Tensor, device: torch.device) -> Tensor:
