@@ -7,21 +7,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from mecdeploy.float_baseline import INPUT, float_onnx
 
+_IMAGE_AXES = ({2, 3}, {-1, -2})
+
 
 def write_float(model: nn.Module, side: int, path: Path) -> None:
-    """The fp32 network, BatchNorm folded into the convolutions: float input [N, 3, side, side], float logits.
+    """The fp32 network as torch.onnx writes it: float input [N, 3, side, side], float logits [N, classes]."""
+    proto = onnx.load_from_string(float_onnx(model.eval(), channels=3, height=side, width=side))
+    name_global_pools(proto.graph)
+    path.write_bytes(proto.SerializeToString())
 
-    torch.onnx is not used: its old exporter is deprecated, and its new one writes global average pooling as ReduceMean,
-    which quantize_static leaves in float: the int8 baseline would be the slower for it.
+
+def name_global_pools(graph: onnx.GraphProto) -> None:
+    """Turn ReduceMean over height and width, in place, into the GlobalAveragePool that it is.
+
+    quantize_static leaves a ReduceMean in float: the int8 baseline would be the slower for it.
     """
-    path.write_bytes(float_onnx(model.eval(), channels=3, height=side, width=side))
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        axes = constants.get(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) > 1 else None
+        keeps = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
+        if axes is None or not keeps or set(numpy_helper.to_array(axes).tolist()) not in _IMAGE_AXES:
+            nodes.append(node)
+        else:
+            nodes.append(helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]

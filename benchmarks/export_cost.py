@@ -13,6 +13,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +30,19 @@ def resident(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}; export memory is measured on Linux only.")
 
 
+@contextmanager
+def exporting() -> Iterator[dict[str, float]]:
+    """Around an export: fills in its "seconds", and "extra_bytes", the peak over what the process held before."""
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept by malloc would hide what export takes from it
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    cost: dict[str, float] = {}
+    before, start = resident("VmRSS"), time.perf_counter()
+    yield cost
+    cost |= {"seconds": time.perf_counter() - start, "extra_bytes": resident("VmHWM") - before}
+
+
 def measure(name: str, bits: int, seed: int) -> dict[str, float]:
     """Export the named network once, cold."""
     import torch
@@ -41,21 +56,13 @@ def measure(name: str, bits: int, seed: int) -> dict[str, float]:
     weights = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     quantized = quantized_network(model, pixels, spec, bits)
     del model
-    gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept by malloc would hide what export takes from it
-    with TemporaryDirectory() as folder:
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-        before = resident("VmRSS")
-        start = time.perf_counter()
+    with TemporaryDirectory() as folder, exporting() as cost:
         (Path(folder) / "model.onnx").write_bytes(exported(quantized))
-        seconds = time.perf_counter() - start
-        extra = resident("VmHWM") - before
     return {
-        "seconds": round(seconds, 3),
-        "extra_megabytes": round(extra / MEGABYTE, 1),
+        "seconds": round(cost["seconds"], 3),
+        "extra_megabytes": round(cost["extra_bytes"] / MEGABYTE, 1),
         "fp32_weights_megabytes": round(weights / MEGABYTE, 1),
-        "extra_over_fp32_weights": round(extra / weights, 3),
+        "extra_over_fp32_weights": round(cost["extra_bytes"] / weights, 3),
     }
 
 

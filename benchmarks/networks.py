@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from mecdeploy.export import ExportConfig, IntegerGraph, export_model, lower
 from mecdeploy.training.calibration import calibrate
@@ -25,8 +26,11 @@ CLASSES = 1000
 BATCH = 8
 
 
-def photographs(count: int, seed: int) -> Tensor:
-    """uint8 [count, 3, SIDE, SIDE]: random crops and mirror images of scikit-learn's two sample photographs."""
+def photographs(count: int, seed: int, side: int = SIDE) -> Tensor:
+    """uint8 [count, 3, side, side]: random crops and mirror images of scikit-learn's two sample photographs.
+
+    side: in pixels. Crops are SIDE pixels large and shrunk to it, so that small images show as much as large ones.
+    """
     from sklearn.datasets import load_sample_images
 
     images: list[np.ndarray] = load_sample_images().images  # uint8 [427, 640, 3] each
@@ -37,14 +41,18 @@ def photographs(count: int, seed: int) -> Tensor:
         top, left = (int(generator.integers(0, length - SIDE + 1)) for length in image.shape[:2])
         crop = image[top : top + SIDE, left : left + SIDE]
         crops.append(crop[:, :: 1 if generator.random() < 0.5 else -1])
-    return torch.from_numpy(np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2)))
+    pixels = torch.from_numpy(np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2)))
+    if side == SIDE:
+        return pixels
+    return interpolate(pixels, (side, side), mode="bilinear", antialias=True)
 
 
 def input_spec(pixels: Tensor) -> InputSpec:
     """Normalisation by the statistics of these photographs."""
     values = pixels.double()
+    height, width = pixels.shape[2:]
     return InputSpec.from_statistics(
-        channels=3, height=SIDE, width=SIDE, mean=float(values.mean()), std=float(values.std())
+        channels=3, height=height, width=width, mean=float(values.mean()), std=float(values.std())
     )
 
 
@@ -54,10 +62,13 @@ def batches(pixels: Tensor) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def float_network(name: str, pixels: Tensor, spec: InputSpec, seed: int) -> nn.Module:
+def float_network(
+    name: str, pixels: Tensor, spec: InputSpec, seed: int, *, classes: int = CLASSES, stem: str = "auto"
+) -> nn.Module:
     """The network in evaluation mode, its BatchNorm statistics averaged over the photographs."""
     torch.manual_seed(seed)
-    model = build_model(ModelConfig(name=name), num_classes=CLASSES, channels=3, height=SIDE, width=SIDE)
+    config = ModelConfig(name=name, stem=stem)
+    model = build_model(config, num_classes=classes, channels=3, height=spec.height, width=spec.width)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
