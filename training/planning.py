@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import fx
 
+from mecdeploy.training.arguments import arguments_of
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.islands import gather_islands
-from mecdeploy.training.operators import REFUSED, RULES, arguments_of
+from mecdeploy.training.operators import REFUSED, RULES
 from mecdeploy.training.plans import Plan, Plans, Value
 from mecdeploy.training.tracing import Trace, operator_name, place_of, where
 
