@@ -126,7 +126,8 @@ def _export_all(fragments: Mapping[str, Fragment]) -> dict[str, GraphProto]:
 
 
 def _export(fragments: Sequence[Fragment]) -> list[GraphProto]:
-    arguments = [[*fragment.examples, *_weights(fragment)] for fragment in fragments]
+    # Copies: torch.export takes one tensor that two islands read for one input.
+    arguments = [[x.clone() for x in (*fragment.examples, *_weights(fragment))] for fragment in fragments]
     shapes = [
         [
             *(
