@@ -28,10 +28,11 @@ def fold_normalization(plans: Plans, spec: InputSpec) -> None:
                 f"{plan.name} reads the pixels, and only a convolution can take in a normalisation per channel. Set "
                 "model.mean and model.std to one value for all channels, or begin the network with a convolution."
             )
-        plan.layer = _folded(plan.layer, spec)
+        plan.layer = fold_layer(plan.layer, spec)
 
 
-def _folded(layer: Layer, spec: InputSpec) -> Layer:
+def fold_layer(layer: Layer, spec: InputSpec) -> Layer:
+    """A convolution that reads raw pixels, with the difference between both normalisations in its weights and bias."""
     assert layer.geometry is not None
     mean, std = torch.tensor(spec.mean, dtype=torch.float64), torch.tensor(spec.std, dtype=torch.float64)
     factor = 1.0 / (spec.pixel_scale * std)
