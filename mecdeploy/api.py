@@ -37,7 +37,7 @@ class ExportReport:
     """The file that an export wrote.
 
     size: bytes. weight_bits: unit -> bits its weights are packed at, in execution order.
-    activation_bits: value -> bits of its integers.
+    activation_bits: value -> bits of its integers. islands: what runs in float, name -> its operators.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class ExportReport:
     input: str
     weight_bits: dict[str, int]
     activation_bits: dict[str, int]
+    islands: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +292,10 @@ def _describe(path: Path, content: bytes, target: str, input: str) -> ExportRepo
         input=input,
         weight_bits=json.loads(metadata["mecdeploy.weight_bits"]),
         activation_bits=json.loads(metadata["mecdeploy.activation_bits"]),
+        islands={
+            name: tuple(island["operators"])
+            for name, island in json.loads(metadata.get("mecdeploy.islands", "{}")).items()
+        },
     )
 
 

@@ -35,6 +35,9 @@ def export(report: ExportReport) -> Table:
     table.add_row("input", report.input)
     table.add_row("layers by weight bits", _count(report.weight_bits))
     table.add_row("tensors by activation bits", _count(report.activation_bits))
+    if report.islands:
+        operators = Counter(operator for island in report.islands.values() for operator in island)
+        table.add_row("float islands", f"{len(report.islands)}: {_tally(operators)}")
     return table
 
 
