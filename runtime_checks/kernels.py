@@ -69,7 +69,8 @@ def _exact_type(
 ) -> tuple[type[np.floating], int]:
     """The float type in which every partial sum is exact, and the bound on |accumulator| that decided it."""
     reach = max(abs(int(x.max(initial=0)) - zero_point), abs(int(x.min(initial=255)) - zero_point)) if x.size else 0
-    bound = np.abs(weight.astype(np.int64)).reshape(weight.shape[0], -1).sum(axis=1) * reach
+    magnitudes = np.abs(weight, dtype=np.int16).reshape(weight.shape[0], -1)  # |-128| is no int8
+    bound = magnitudes.sum(axis=1, dtype=np.int64) * reach
     if bias is not None:
         bound = bound + np.abs(bias.astype(np.int64))
     largest = int(bound.max(initial=0))

@@ -262,7 +262,7 @@ def _bias_failures(product: Product) -> list[str]:
 
 
 def _may_saturate(graph: Graph, product: Product) -> bool:
-    largest_weight = int(np.abs(product.weight.astype(np.int64)).max(initial=0))
+    largest_weight = max(int(product.weight.max(initial=0)), -int(product.weight.min(initial=0)))
     return 2 * _largest_code(graph, product.input.tensor) * largest_weight > INT16_MAX
 
 

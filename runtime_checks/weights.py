@@ -48,9 +48,9 @@ class Constant:
 
 def unpack_signed(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int8]:
     """Two's complement fields of `bits` bits, lowest bits of each byte first, the first `count` of them."""
-    fields = packed[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)
-    values: NDArray[np.int8] = (fields & (2**bits - 1)).astype(np.int8).reshape(-1)[:count]
-    values[values >= 2 ** (bits - 1)] -= 2**bits
+    fields = (np.arange(256)[:, None] >> np.arange(0, 8, bits)) & (2**bits - 1)
+    table = np.where(fields < 2 ** (bits - 1), fields, fields - 2**bits).astype(np.int8)  # every byte's fields
+    values: NDArray[np.int8] = np.take(table, packed, axis=0).reshape(-1)[:count]
     return values
 
 
