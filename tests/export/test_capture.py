@@ -180,8 +180,8 @@ def test_the_nodes_of_the_residual_network() -> None:
         (Conv, "shortcut.0", ("add_2",), ("shortcut.0",)),
         (Add, "add_3", ("c2.0", "shortcut.0"), ("add_3",)),
         (Conv, "dilated", ("add_3",), ("dilated",)),
-        (GlobalAveragePool, "average_pool", ("dilated",), ("average_pool",)),
-        (Flatten, "flatten", ("average_pool",), ("flatten",)),
+        (GlobalAveragePool, "adaptive_avg_pool2d", ("dilated",), ("adaptive_avg_pool2d",)),
+        (Flatten, "flatten", ("adaptive_avg_pool2d",), ("flatten",)),
         (Gemm, "hidden", ("flatten",), ("hidden",)),
         (Gemm, "fc", ("hidden",), ("logits",)),  # the dropout between them is gone
     ]

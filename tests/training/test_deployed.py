@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mecdeploy.training import deployed
+from mecdeploy.training.geometry import Geometry
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
-from mecdeploy.training.units import Geometry
 
 F32 = np.float32
 
@@ -38,7 +38,7 @@ def test_requantize(bits: int, signed: bool) -> None:
     weight_scale = np.array([0.0173, 2.0**-10, 0.00031, 0.0009, 3.7], F32)
     output = quantizer(bits, signed=signed, step=step)
 
-    product_scale = torch.tensor(input_scale) * torch.from_numpy(weight_scale)
+    product_scale = torch.tensor(input_scale) * torch.from_numpy(weight_scale).view(-1, 1, 1)
     result = deployed.requantize(torch.from_numpy(accumulator).double(), product_scale, output)
 
     expected = witness.requantize(accumulator, input_scale, weight_scale, step, output.zero_point, output.qmax)
@@ -290,7 +290,7 @@ def test_accumulate_leaves_float32_exactly_at_2_to_24(
     bias = np.array([sign * (LIMIT + excess - bound), 5])
     if convolution:
         weight, stored = weight.reshape(2, 1, 2, 2), stored.reshape(1, 1, 2, 2)
-    geometry = Geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1)) if convolution else None
+    geometry = Geometry(stride=(1, 1), padding=(0, 0, 0, 0)) if convolution else None
 
     result = deployed.accumulate(
         centred(stored, zero_point, 0.1), torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), geometry
@@ -310,7 +310,7 @@ def test_a_long_bias_is_added_exactly(convolution: bool) -> None:
     expected = stored @ weight.T + bias
     if convolution:
         stored, weight, expected = stored.reshape(2, 3, 2, 2), weight.reshape(3, 3, 2, 2), expected[..., None, None]
-    geometry = Geometry(stride=(1, 1), padding=(0, 0), dilation=(1, 1)) if convolution else None
+    geometry = Geometry(stride=(1, 1), padding=(0, 0, 0, 0)) if convolution else None
     x = centred(stored, 0, 0.1, qmax=15)
     operands = [x.codes, torch.from_numpy(weight).float(), torch.from_numpy(bias).float()]
     for operand in operands:

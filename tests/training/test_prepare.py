@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import pytest
@@ -16,9 +15,10 @@ from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
+from mecdeploy.training.movement import MaxPoolUnit
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
-from mecdeploy.training.units import MaxPoolUnit, WeightedUnit
+from mecdeploy.training.units import WeightedUnit
 
 Row = tuple[str, tuple[str, ...], dict[str, tuple[int, bool]], int | None]
 """Unit, what it reads, its outputs as name -> (bits, signed), bits of its weights."""
@@ -93,7 +93,7 @@ def test_torchvision_resnet18_with_its_max_pool() -> None:
     ]
     pool = model.unit("maxpool")
     assert isinstance(pool, MaxPoolUnit) and pool.kernel == (3, 3)
-    assert (pool.geometry.stride, pool.geometry.padding, pool.ceil_mode) == ((2, 2), (1, 1), False)
+    assert (pool.geometry.stride, pool.geometry.padding, pool.ceil_mode) == ((2, 2), (1, 1, 1, 1), False)
     values: dict[str, str] = {"act": "maxpool", "skip": "maxpool"}
     position = 2
     for stage in (1, 2, 3, 4):
@@ -212,32 +212,6 @@ def test_the_last_layer_may_be_called_logits() -> None:
     model = prepare(Last(), QuantConfig(), spec(2))
     assert model.unit("logits").output_names == ("logits",)
     assert model(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).shape == (1, 4)
-
-
-class Branching(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() > 0 else super().forward(-x)
-
-
-class Failing(Small):
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            Branching("a"),
-            "Branching cannot be traced: symbolically traced variables cannot be used as inputs to control",
-        ),
-        (Branching("a"), "flow. Its forward must not branch on values of tensors."),
-        (Failing("a"), "Failing cannot be traced: NotImplementedError. Its forward must not branch"),
-    ],
-)
-def test_a_model_that_cannot_be_traced(model: nn.Module, message: str) -> None:
-    with pytest.raises(TrainingError, match=re.escape(message)):
-        prepare(model, QuantConfig(), spec(2))
 
 
 def test_state_dict_keys_read_like_the_float_models() -> None:

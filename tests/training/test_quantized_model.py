@@ -30,7 +30,7 @@ UNITS = {
     "add": ["add/act", "add/skip"],
     "second": ["second"],
     "add_2": ["add_2"],
-    "average_pool": ["average_pool"],
+    "adaptive_avg_pool2d": ["adaptive_avg_pool2d"],
     "flatten": ["flatten"],
     "hidden": ["hidden"],
     "dropout": [],
@@ -100,11 +100,11 @@ def expected_integers(model: QuantizedModel, pixels: np.ndarray) -> dict[str, np
     add("add/skip", "add", 1, "first", "pool", stem)
     run("second", out["add/act"], quantizer("add", 0).step.item(), 0)
     add("add_2", "add_2", 0, "second", "add/skip", quantizer("add", 1).step.item())
-    average = quantizer("average_pool")
-    out["average_pool"] = witness.global_average(
+    average = quantizer("adaptive_avg_pool2d")
+    out["adaptive_avg_pool2d"] = witness.global_average(
         out["add_2"], quantizer("add_2").step.item(), 0, average.step.item(), 0, average.qmax
     )
-    out["flatten"] = out["average_pool"].reshape(len(pixels), -1)
+    out["flatten"] = out["adaptive_avg_pool2d"].reshape(len(pixels), -1)
     run("hidden", out["flatten"], average.step.item(), 0)
     run("fc", out["hidden"], quantizer("hidden").step.item(), 0)
     return out

@@ -11,17 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mecdeploy.training.geometry import Geometry, pair, sides
 from mecdeploy.training.input_spec import InputSpec
+from mecdeploy.training.movement import DropoutUnit, MaxPoolUnit, ReshapeUnit
+from mecdeploy.training.plans import Layer
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
-from mecdeploy.training.units import (
-    AddUnit,
-    DropoutUnit,
-    FlattenUnit,
-    Geometry,
-    GlobalAveragePoolUnit,
-    MaxPoolUnit,
-    WeightedUnit,
-)
+from mecdeploy.training.units import AddUnit, GlobalAveragePoolUnit, WeightedUnit
 
 F32 = np.float32
 
@@ -53,6 +48,20 @@ def random_batch_norm(channels: int, generator: torch.Generator) -> nn.BatchNorm
     return norm
 
 
+def layer_of(module: nn.Conv2d | nn.Linear) -> Layer:
+    """A module's tensors and geometry, as a unit takes them."""
+    geometry = None
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        geometry = Geometry(
+            stride=pair(module.stride),
+            padding=sides(module.padding),
+            dilation=pair(module.dilation),
+            groups=module.groups,
+        )
+    return Layer(weight=module.weight, bias=module.bias, geometry=geometry)
+
+
 def weighted(
     layer: nn.Conv2d | nn.Linear, output: ActivationQuantizer | None, *, bits: int, norm: bool, seed: int = 0
 ) -> WeightedUnit:
@@ -62,7 +71,7 @@ def weighted(
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     batch_norm = random_batch_norm(layer.weight.shape[0], generator) if norm else None
-    unit = WeightedUnit(layer, batch_norm, bits, output, ("y",))
+    unit = WeightedUnit(layer_of(layer), batch_norm, bits, output, ("y",))
     with torch.no_grad():
         spread = 0.7 + 0.6 * torch.rand(layer.weight.shape[0], generator=generator)
         unit.weight_quantizer.step.copy_(spread * 2.2 / 2 ** (bits - 1))
@@ -225,7 +234,7 @@ def test_live_sums_and_means_quantise_reals() -> None:
 )
 def test_max_pool(kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, training: bool) -> None:
     x = random_codes((2, 3, 7, 9), bits=4, signed=True, scale=0.5)
-    geometry = Geometry(stride=stride, padding=padding, dilation=dilation)
+    geometry = Geometry(stride=stride, padding=sides(padding), dilation=dilation)
     result = MaxPoolUnit(kernel, geometry, ceil_mode, ("y",)).train(training)(x)
     layer = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil_mode)
     size = tuple(layer(torch.zeros(1, 1, 7, 9)).shape[2:])  # torch's sizes; the values are the witness's
@@ -239,7 +248,7 @@ def test_global_average_flatten_and_dropout() -> None:
     pool = GlobalAveragePoolUnit([quantizer(8, signed=True, step=0.031)], ("p",)).eval()
     pooled = pool(x)
     assert np.array_equal(array(pooled.stored()), witness.global_average(array(x.stored()), 0.2, 128, 0.031, 128, 255))
-    flat = FlattenUnit([], ("f",)).eval()(x)
+    flat = ReshapeUnit((60,), ("f",)).eval()(x)
     assert np.array_equal(array(flat.stored()), array(x.stored()).reshape(2, 60))
     dropout = DropoutUnit(0.5, ("d",))
     assert torch.equal(dropout.eval()(x).codes, x.codes)
@@ -457,7 +466,7 @@ def test_negative_gamma_is_absorbed_without_a_change() -> None:
     x = torch.randn(4, 3, 6, 6, generator=generator)
     evaluated = norm.eval()(conv(x))
     own = random_batch_norm(8, torch.Generator().manual_seed(0))
-    unit = WeightedUnit(conv, own, 4, quantizer(4, signed=False, step=1.0), ("y",))
+    unit = WeightedUnit(layer_of(conv), own, 4, quantizer(4, signed=False, step=1.0), ("y",))
     flipped = norm.weight < 0
     assert 0 < int(flipped.sum()) < 8
 

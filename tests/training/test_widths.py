@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.patterns import Plans, plan_units
+from mecdeploy.training.input_spec import InputSpec
+from mecdeploy.training.planning import plan_units
+from mecdeploy.training.plans import Plans
+from mecdeploy.training.tracing import trace
 from mecdeploy.training.widths import Widths, assign_widths
 
 
@@ -38,12 +42,20 @@ class Residual(nn.Module):
         return logits
 
 
+@functools.cache
+def residual_plans(pooled_sum: bool = False) -> Plans:
+    return plans(Residual(pooled_sum=pooled_sum))
+
+
 def widths(config: QuantConfig, model: nn.Module | None = None) -> Widths:
-    return assign_widths(plans(model or Residual()), config)
+    return assign_widths(residual_plans() if model is None else plans(model), config)
 
 
-def plans(model: nn.Module) -> Plans:
-    return plan_units(fx.symbolic_trace(model))
+SPEC = InputSpec.from_statistics(channels=3, height=8, width=8, mean=120.7, std=64.1)
+
+
+def plans(model: nn.Module, spec: InputSpec = SPEC) -> Plans:
+    return plan_units(trace(model, spec))
 
 
 def test_the_policy() -> None:
@@ -57,7 +69,7 @@ def test_the_policy() -> None:
         "add": {"act": 3, "skip": 4},  # the only kind that is quantised twice
         "conv4": {"skip": 4},
         "add_2": {"skip": 4},  # read by the global average
-        "average_pool": {"act": 8},  # read by the last layer, through the flatten
+        "adaptive_avg_pool2d": {"act": 8},  # read by the last layer, through the flatten
     }
 
 
@@ -74,7 +86,7 @@ def test_a_skip_narrower_than_the_activations() -> None:
 
 def test_a_sum_read_only_through_a_pooling_is_quantised_once() -> None:
     """The pooling hands both its readers the same codes; a second quantisation would have no reader."""
-    found = widths(QuantConfig(act_bits=2, skip_bits=4), Residual(pooled_sum=True))
+    found = assign_widths(residual_plans(pooled_sum=True), QuantConfig(act_bits=2, skip_bits=4))
     assert found.outputs["add"] == {"skip": 4}
 
 
@@ -117,25 +129,75 @@ def test_an_override_that_matches_nothing(pattern: str, message: str) -> None:
         widths(QuantConfig(overrides={pattern: {"weight_bits": 4}}))
 
 
-def test_a_layer_nobody_reads() -> None:
+def test_a_layer_nobody_reads_is_dropped() -> None:
     class Unread(Residual):
         def forward(self, x: Tensor) -> Tensor:
             self.conv1(x)
-            logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+            logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(self.conv2(self.first(x)), 1), 1))
             return logits
 
-    with pytest.raises(TrainingError, match="conv1: its output is never read; remove the layer."):
-        widths(QuantConfig(), Unread())
+    model = Unread()
+    model.first = nn.Conv2d(3, 4, 1)
+    assert list(widths(QuantConfig(), model).weights) == ["first", "conv2", "fc"]
 
 
 def test_a_single_layer_is_first_and_last() -> None:
-    class Single(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(48, 5)
+    single = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    assert widths(QuantConfig(first_last_bits=8, weight_bits=2), single) == Widths(weights={"1": 8}, outputs={})
 
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.fc(torch.flatten(x, 1))
-            return logits
 
-    assert widths(QuantConfig(first_last_bits=8, weight_bits=2), Single()) == Widths(weights={"fc": 8}, outputs={})
+class General(nn.Module):
+    """Every kernel that is no layer: a concat, its BatchNorm, a gate, a product, a windowed mean, a pool at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 5, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.gate = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, 8, 8] to [N, 5]."""
+        x = self.a(x)
+        x = torch.cat([x, F.relu(self.b(F.relu(x)))], 1)
+        x = F.relu(self.norm(x))
+        x = F.avg_pool2d(x * torch.sigmoid(self.gate(x)), 2)
+        return torch.flatten(F.adaptive_avg_pool2d(self.c(x), 1), 1)
+
+
+def test_the_policy_of_general_networks() -> None:
+    """What layers read has act_bits, what other kernels read skip_bits; a concat's sources have one width together."""
+    found = widths(QuantConfig(weight_bits=2, act_bits=3, skip_bits=4, first_last_bits=8), General())
+    assert found.weights == {"a": 8, "b": 2, "norm": 8, "gate": 2, "c": 8}
+    assert found.outputs == {
+        "a": {"skip": 4},  # read by a ReLU that cannot join it, and by the concat
+        "relu": {"act": 3},
+        "b": {"skip": 4},  # with a's, read by a BatchNorm
+        "norm": {"act": 4, "skip": 4},  # quantised once: the gate's convolution reads 3, the product 4
+        "gate": {"skip": 4},
+        "sigmoid": {"skip": 4},
+        "mul": {"skip": 4},
+        "avg_pool2d": {"act": 8},  # read by the last layer
+        "c": {"skip": 4},
+        "adaptive_avg_pool2d": {"skip": 8},  # the logits
+    }
+
+
+def test_values_that_a_concat_joins_have_the_widest_width_of_all() -> None:
+    found = widths(QuantConfig(overrides={"b": {"act_bits": 8}}), Joined())
+    assert found.outputs["a"] == found.outputs["b"] == {"act": 8}
+    assert widths(QuantConfig(), Joined()).outputs["a"] == {"act": 4}
+
+
+class Joined(nn.Module):
+    """Two convolutions, read side by side by a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, 8, 8] to [N, 5]."""
+        joined = torch.cat([F.relu(self.a(x)), self.b(x)], 1)
+        logits: Tensor = self.fc(F.relu(self.c(joined)).mean((2, 3)))
+        return logits
