@@ -1,4 +1,4 @@
-"""Rules for activations, sums and products."""
+"""Rules for activations."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from torch import fx
+from torch import Tensor, fx
 
-from mecdeploy.training.arguments import IN_FLOAT, Arguments, Rule
+from mecdeploy.training.arguments import IN_FLOAT, Arguments, Rule, constant
 from mecdeploy.training.plans import Value
-from mecdeploy.training.tracing import operator_name, shape_of
+from mecdeploy.training.tracing import operator_name
 
 if TYPE_CHECKING:
     from mecdeploy.training.planning import Planner
@@ -50,11 +50,28 @@ def _rectify(planner: Planner, node: fx.Node, a: Arguments, maximum: float | Non
 
 
 def _leaky_relu(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
-    x, slope = planner.codes(a["self"]), float(a["negative_slope"])
+    return _with_slope(planner, node, a, float(a["negative_slope"]))
+
+
+def _prelu(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
+    """One slope for all channels stays as it is; training goes on with it fixed."""
+    slope = constant(planner, a["weight"])
+    if not isinstance(slope, Tensor) or slope.numel() != 1:
+        return "prelu with a slope for each channel has no integer kernel; one slope for all has"
+    return _with_slope(planner, node, a, float(slope))
+
+
+def _rrelu(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
+    """Deployed, the random slope is its mean."""
+    return _with_slope(planner, node, a, (float(a["lower"]) + float(a["upper"])) / 2)
+
+
+def _with_slope(planner: Planner, node: fx.Node, a: Arguments, slope: float) -> Value | str:
+    x = planner.codes(a["self"])
     if x is None:
         return IN_FLOAT
     if not 0 <= slope < 1:
-        return f"leaky_relu with slope {slope} has no integer kernel; slopes from 0 up to 1 have"
+        return f"{operator_name(node)} with slope {slope} has no integer kernel; slopes from 0 up to 1 have"
     return _elementwise(planner, node, "leaky_relu", [x], alpha=slope, relu=slope == 0)
 
 
@@ -100,27 +117,6 @@ def _elementwise(
     return planner.add_plan(planner.name_of(node), "elementwise", inputs, options=options, relu=relu, maximum=maximum)
 
 
-def _add(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
-    first, second = planner.codes(a["self"]), planner.codes(a["other"])
-    if first is None or second is None:
-        return "it adds a constant, or a float value"
-    if a.get("alpha", 1) != 1:
-        return f"add with alpha {a['alpha']} has no integer kernel; use a + b"
-    if shape_of(a["self"]) != shape_of(a["other"]):
-        return "it adds values of two shapes"
-    return planner.add_plan(planner.name_of(node), "add", [first, second])
-
-
-def _mul(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
-    first, second = planner.codes(a["self"]), planner.codes(a["other"])
-    if first is None or second is None:
-        return "it multiplies by a constant, or a float value"
-    shapes = (shape_of(a["self"]), shape_of(a["other"]))
-    if len(shapes[0]) != len(shapes[1]):
-        return "it multiplies values of two ranks"
-    return _elementwise(planner, node, "mul", [first, second])
-
-
 ELEMENTWISE_RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "relu": _relu,
@@ -129,11 +125,11 @@ ELEMENTWISE_RULES: Mapping[str, Rule] = MappingProxyType(
         "clamp": _hardtanh,
         "clamp_min": _hardtanh,
         "leaky_relu": _leaky_relu,
+        "prelu": _prelu,
+        "rrelu": _rrelu,
         "sigmoid": _sigmoid,
         "hardsigmoid": _hard_sigmoid,
         "silu": _silu,
         "hardswish": _hardswish,
-        "add": _add,
-        "mul": _mul,
     }
 )

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def _conv2d(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
-    x, weight = planner.read(a["input"]), constant(planner, a["weight"])
+    image = planner.seen_through(a["input"], ("pad",))
+    x, weight = planner.read(image), constant(planner, a["weight"])
     if x is None or not isinstance(weight, Tensor):
         return "its weight is computed from the image"
     kernel, dilation = (int(weight.shape[2]), int(weight.shape[3])), pair(a["dilation"])
@@ -27,8 +28,21 @@ def _conv2d(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
         padding = same_padding(kernel, dilation)
     else:
         padding = sides(0 if a["padding"] == "valid" else a["padding"])
+    if image is not a["input"]:
+        left, right, top, bottom = a["input"].args[1]
+        padding = (padding[0] + top, padding[1] + left, padding[2] + bottom, padding[3] + right)
     geometry = Geometry(stride=pair(a["stride"]), padding=padding, dilation=dilation, groups=int(a["groups"]))
     return _weighted(planner, node, x, Layer(weight=weight, bias=constant(planner, a["bias"]), geometry=geometry))
+
+
+def _pad(planner: Planner, node: fx.Node, a: Arguments) -> Value | str | None:
+    """Zeros around an image: left to the convolution that reads it."""
+    if planner.codes(a["self"]) is None:
+        return IN_FLOAT
+    zeros = a["mode"] == "constant" and not a["value"]
+    if zeros and len(a["pad"]) == 4 and all(isinstance(side, int) and side >= 0 for side in a["pad"]):
+        return None
+    return "only padding height and width with zeros, before a convolution, has an integer kernel"
 
 
 def _linear(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
@@ -104,6 +118,7 @@ def _as_module(planner: Planner, node: fx.Node, a: Arguments, rank: int) -> nn.B
 LAYERS: Mapping[str, Rule] = MappingProxyType(
     {
         "conv2d": _conv2d,
+        "pad": _pad,
         "linear": _linear,
         "matmul": _matmul,
         "mm": _matmul,

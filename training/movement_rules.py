@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,15 @@ import torch
 from torch import fx
 
 from mecdeploy.training.arguments import ACROSS_IMAGES, IN_FLOAT, Arguments, Rule, arguments_of
+from mecdeploy.training.geometry import Geometry
 from mecdeploy.training.plans import PASS_THROUGH, Value
 from mecdeploy.training.tracing import operator_name, shape_of
 
 if TYPE_CHECKING:
     from mecdeploy.training.planning import Planner
+
+EVERYTHING = sys.maxsize
+"""Where torch.export lets a slice stop that has no end."""
 
 
 def _reshape(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
@@ -87,6 +92,8 @@ def _cut(planner: Planner, node: fx.Node, source: Any, axis: int, start: Any, st
         return IN_FLOAT
     shape = shape_of(source)
     axis %= len(shape)
+    if axis == 0 and start == 0 and (stop is None or stop == EVERYTHING) and step == 1:
+        return x
     if axis == 0 or not isinstance(shape[axis], int) or not isinstance(start, int):
         return "it separates images of a batch"
     first, last, step = slice(start, stop, step).indices(shape[axis])
@@ -108,6 +115,8 @@ def _part(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
     if not isinstance(split, fx.Node) or split in planner.floating or not isinstance(index, int):
         return IN_FLOAT
     given = arguments_of(split)
+    if operator_name(split) == "adaptive_max_pool2d":
+        return _pooled(planner, node, given) if index == 0 else "only values are pooled, not their places"
     axis = int(given.get("dim", 0)) % len(shape_of(given["self"]))
     parts = split.meta["val"]
     index %= len(parts)
@@ -116,6 +125,17 @@ def _part(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
         return one if isinstance(one, str) else reshape_to(planner, node, one)
     start = sum(int(part.shape[axis]) for part in parts[:index])
     return _cut(planner, node, given["self"], axis, start, start + int(parts[index].shape[axis]), 1)
+
+
+def _pooled(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
+    x, size, wanted = planner.codes(a["self"]), shape_of(a["self"])[-2:], shape_of(node)[-2:]
+    return IN_FLOAT if x is None else tiled_maximum(planner, node, x, (size[0] // wanted[0], size[1] // wanted[1]))
+
+
+def tiled_maximum(planner: Planner, node: fx.Node, x: Value, kernel: tuple[int, int]) -> Value:
+    """A plan for the maximum over windows that lie side by side."""
+    options = {"kernel": kernel, "geometry": Geometry(stride=kernel, padding=(0, 0, 0, 0)), "ceil_mode": False}
+    return planner.add_plan(planner.name_of(node), "max_pool", [x], options=options)
 
 
 def _cat(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
@@ -127,29 +147,18 @@ def _cat(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
         return "it joins a constant or a float value"
     if axis == 0:
         return "it joins batches"
-    if any(_is_pixels(value) for value in known):
+    if len({is_pixels(value) for value in known}) > 1:
         return "it joins raw pixels with other values"
     if len(known) == 1:
         return known[0]
     return planner.add_plan(planner.name_of(node), "concat", known, options={"axis": axis})
 
 
-def _is_pixels(value: Value) -> bool:
+def is_pixels(value: Value) -> bool:
     """Whether a value's codes are the image's own, whose scale nothing else can share."""
     if value.plan is None:
         return True
-    return value.plan.kind in PASS_THROUGH and any(_is_pixels(source) for source in value.plan.inputs)
-
-
-def _channel_shuffle(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
-    x = planner.codes(a.get("self", a.get("input")))
-    if x is None:
-        return IN_FLOAT
-    _, channels, height, width = shape_of(node)
-    groups, name = int(a["groups"]), planner.name_of(node)
-    split = planner.add_plan(name, "reshape", [x], options={"shape": (groups, channels // groups, height, width)})
-    turned = planner.add_plan(name, "transpose", [split], options={"permutation": (0, 2, 1, 3, 4)})
-    return planner.add_plan(name, "reshape", [turned], options={"shape": (channels, height, width)})
+    return value.plan.kind in PASS_THROUGH and any(is_pixels(source) for source in value.plan.inputs)
 
 
 def _dropout(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
@@ -192,8 +201,6 @@ MOVEMENT: Mapping[str, Rule] = MappingProxyType(
         "cat": _cat,
         "concat": _cat,
         "concatenate": _cat,
-        "channel_shuffle": _channel_shuffle,
-        "native_channel_shuffle": _channel_shuffle,
         "dropout": _dropout,
         "feature_dropout": _dropout,
         "to": _cast,

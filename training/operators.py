@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mecdeploy.training.arguments import Rule
+from mecdeploy.training.arrangement_rules import ARRANGEMENT
+from mecdeploy.training.constant_rules import ARITHMETIC
 from mecdeploy.training.elementwise_rules import ELEMENTWISE_RULES
 from mecdeploy.training.layer_rules import LAYERS
 from mecdeploy.training.movement_rules import MOVEMENT
 from mecdeploy.training.pool_rules import POOLS
 
-RULES: Mapping[str, Rule] = MappingProxyType({**LAYERS, **ELEMENTWISE_RULES, **POOLS, **MOVEMENT})
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {**LAYERS, **ELEMENTWISE_RULES, **ARITHMETIC, **POOLS, **MOVEMENT, **ARRANGEMENT}
+)
 
 REFUSED = {
     "conv1d": "only two-dimensional convolutions have one",

@@ -18,6 +18,7 @@ from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.islands import gather_islands
 from mecdeploy.training.operators import REFUSED, RULES
 from mecdeploy.training.plans import Plan, Plans, Value
+from mecdeploy.training.rewrites import recognise_hard_sigmoids
 from mecdeploy.training.tracing import Trace, operator_name, place_of, where
 
 NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "softplus")
@@ -30,6 +31,7 @@ def plan_units(trace: Trace, float_layers: Sequence[str] = ()) -> Plans:
     float_layers: name patterns (fnmatch) of operators that stay in float. Raises TrainingError for an operator with
     weights and no integer kernel that is not among them, and for a pattern that matches none.
     """
+    recognise_hard_sigmoids(trace)
     return Planner(trace, float_layers).run()
 
 
@@ -42,6 +44,8 @@ class Planner:
         self.values: dict[fx.Node, Value] = {trace.pixels: Value(codes=True)}
         self.floating: dict[fx.Node, str] = {}
         self._names: set[str] = set()
+        self._nodes: dict[Value, list[fx.Node]] = {}
+        self._deferred: set[fx.Node] = set()
         self._quantized: dict[Value, Value] = {}
         self._depths: dict[fx.Node, int] = {}
         self._needed = set(trace.nodes)
@@ -76,11 +80,18 @@ class Planner:
         result = rule(self, node, arguments_of(node))
         if isinstance(result, Value):
             self.values[node] = result
+            self._nodes.setdefault(result, []).append(node)
         elif isinstance(result, str):
             self.keep_float(node, result)
+        else:
+            self._deferred.add(node)
 
     def keep_float(self, node: fx.Node, reason: str) -> None:
-        """Leave a node to the islands."""
+        """Leave a node to the islands, and with it what had been left to its readers."""
+        self._deferred.discard(node)
+        for source in node.all_input_nodes:
+            if source in self._deferred:
+                self.keep_float(source, f"{operator_name(source)} has no integer kernel of its own")
         self.floating[node] = reason
         self.values[node] = Value(codes=False, node=node)
 
@@ -89,8 +100,9 @@ class Planner:
         path, operator = where(node), operator_name(node).rstrip("_")
         weight = node.args[1] if operator in ("conv2d", "linear") and len(node.args) > 1 else None
         target = self.trace.names.get(weight) if isinstance(weight, fx.Node) else None
-        if target is not None and target.endswith("weight"):
-            return target.removesuffix("weight").rstrip("._")
+        layer = "" if target is None else target.removesuffix("weight").rstrip("._")
+        if layer and layer != target:
+            return layer
         return path if path and self._is_layer(path) else f"{path}.{operator}".lstrip(".")
 
     def _is_layer(self, path: str) -> bool:
@@ -122,7 +134,17 @@ class Planner:
 
     def read(self, argument: Any) -> Value | None:
         """The value of an argument that the pixels reach, else None."""
-        return self.values.get(argument) if isinstance(argument, fx.Node) else None
+        if not isinstance(argument, fx.Node):
+            return None
+        if argument in self._deferred:
+            self.keep_float(argument, f"{operator_name(argument)} has no integer kernel of its own")
+        return self.values.get(argument)
+
+    def seen_through(self, argument: Any, operators: Sequence[str]) -> Any:
+        """An argument, or what it is made from where one of these operators was left to its readers to compute."""
+        if argument in self._deferred and operator_name(argument) in operators:
+            return argument.args[0]
+        return argument
 
     def codes(self, argument: Any) -> Value | None:
         """The value of an argument if it is quantised, else None."""
@@ -149,8 +171,11 @@ class Planner:
         return [user for user in node.users if user in self._needed]
 
     def is_read_once(self, argument: Any) -> bool:
-        """Whether only one node reads an argument, so that this node may join the argument's plan."""
-        return isinstance(argument, fx.Node) and len(self.readers(argument)) == 1 and argument is not self.trace.output
+        """Whether only one node reads an argument's value, so that this node may join the plan that makes it."""
+        value = self.read(argument)
+        nodes = [] if value is None else self._nodes.get(value, [])
+        readers = {reader for node in nodes for reader in self.readers(node)}.difference(nodes)
+        return len(readers) == 1 and self.trace.output not in nodes
 
     def _check_float_layers(self) -> None:
         for pattern in self.float_layers:
@@ -174,7 +199,8 @@ class Planner:
                     value.codes = False
 
     def _output(self) -> Value:
-        value = self.values[self.trace.output]
+        value = self.read(self.trace.output)
+        assert value is not None  # every node that is needed has been visited
         if value is self.values[self.trace.pixels]:
             raise TrainingError("the model returns the image; it must return its logits, [N, classes].")
         if not value.codes:

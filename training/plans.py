@@ -171,7 +171,7 @@ class Plans:
         return found
 
     def first_layers(self) -> set[str]:
-        """The weighted plans that the pixels reach through no other weighted plan."""
+        """The weighted plans that the pixels reach through no other; a constant's of their own are no layer."""
         found: set[str] = set()
         todo, seen = self.direct_readers(PIXELS), set()
         while todo:
@@ -179,7 +179,7 @@ class Plans:
             if plan.name in seen:
                 continue
             seen.add(plan.name)
-            if plan.kind == "weighted":
+            if plan.kind == "weighted" and not plan.options.get("affine"):
                 found.add(plan.name)
             else:
                 todo += self.direct_readers(plan.name)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from mecdeploy.training.arguments import IN_FLOAT, Arguments, Rule
+from mecdeploy.training.arrangement_rules import repeated
 from mecdeploy.training.geometry import Geometry, pair, sides
-from mecdeploy.training.movement_rules import reshape_to
+from mecdeploy.training.movement_rules import reshape_to, tiled_maximum
 from mecdeploy.training.plans import Value
 from mecdeploy.training.tracing import shape_of
 
@@ -28,6 +29,26 @@ def _max_pool2d(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
     )
     options = {"kernel": kernel, "geometry": geometry, "ceil_mode": bool(a["ceil_mode"])}
     return planner.add_plan(planner.name_of(node), "max_pool", [x], options=options)
+
+
+def _adaptive_max_pool2d(planner: Planner, node: fx.Node, a: Arguments) -> Value | str | None:
+    """The values are taken out by a getitem, and their indices by nobody."""
+    if planner.codes(a["self"]) is None:
+        return IN_FLOAT
+    size, wanted = shape_of(a["self"])[-2:], pair(a["output_size"])
+    if size[0] % wanted[0] or size[1] % wanted[1]:
+        return f"maximum pooling of {tuple(size)} positions to {wanted} has windows of several sizes"
+    return None
+
+
+def _largest(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
+    x, shape = planner.codes(a["self"]), shape_of(a["self"])
+    if x is None:
+        return IN_FLOAT
+    if len(shape) != 4 or sorted(axis % 4 for axis in a["dim"]) != [2, 3]:
+        return "only a maximum over height and width has an integer kernel"
+    pooled = tiled_maximum(planner, node, x, (int(shape[2]), int(shape[3])))
+    return pooled if a["keepdim"] else reshape_to(planner, node, pooled)
 
 
 def _avg_pool2d(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
@@ -49,6 +70,9 @@ def _adaptive_avg_pool2d(planner: Planner, node: fx.Node, a: Arguments) -> Value
     wanted = pair(a["output_size"])
     if wanted == size:
         return x
+    if not (wanted[0] % size[0] or wanted[1] % size[1]):
+        # Every window is one position, which several windows share.
+        return repeated(planner, node, x, size, (wanted[0] // size[0], wanted[1] // size[1]))
     if size[0] % wanted[0] or size[1] % wanted[1]:
         return f"average pooling of {size} positions to {wanted} has windows of several sizes"
     kernel = (size[0] // wanted[0], size[1] // wanted[1])
@@ -84,6 +108,8 @@ def _average(
 POOLS: Mapping[str, Rule] = MappingProxyType(
     {
         "max_pool2d": _max_pool2d,
+        "adaptive_max_pool2d": _adaptive_max_pool2d,
+        "amax": _largest,
         "avg_pool2d": _avg_pool2d,
         "adaptive_avg_pool2d": _adaptive_avg_pool2d,
         "mean": _mean,
