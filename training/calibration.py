@@ -15,6 +15,9 @@ from mecdeploy.training.units import WeightedUnit
 
 CANDIDATES = 64
 
+ELEMENTS_AT_ONCE = 1 << 20
+"""Of weights whose steps are searched together: what stays in a processor's cache is searched ten times as fast."""
+
 
 def search_steps(values: Tensor, lower: int, upper: int) -> Tensor:
     """Step per row with the least mean square error of clamp(round(x / step)) * step among CANDIDATES.
@@ -22,14 +25,21 @@ def search_steps(values: Tensor, lower: int, upper: int) -> Tensor:
     values: [rows, n]. The candidates are even fractions of the step that clips nothing. Returns [rows], > 0; a row of
     zeros gets the step 1 / upper.
     """
+    rows = max(1, ELEMENTS_AT_ONCE // max(1, values.shape[1]))
+    return torch.cat([_search_steps(part, lower, upper) for part in values.detach().split(rows)])
+
+
+def _search_steps(values: Tensor, lower: int, upper: int) -> Tensor:
     reach = torch.maximum(values.amax(1) / upper, -values.amin(1) / max(1, -lower)).clamp_min(0)
     reach = torch.where(reach > SMALLEST_STEP, reach, torch.full_like(reach, 1.0 / upper))
     best_error = torch.full_like(reach, float("inf"))
     best_step = reach.clone()
+    errors = torch.empty_like(values)
     for index in range(CANDIDATES, 0, -1):  # downwards: of equal errors, the step that clips least
         step = reach * (index / CANDIDATES)
-        codes = torch.round(values / step[:, None]).clamp_(lower, upper)
-        error = (codes * step[:, None] - values).square_().mean(1)
+        torch.div(values, step[:, None], out=errors)
+        errors.round_().clamp_(lower, upper).mul_(step[:, None]).sub_(values).square_()
+        error = errors.mean(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_step = torch.where(better, step, best_step)
