@@ -6,6 +6,7 @@ gradient of the step assemble itself from the two places where a step acts, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,19 +219,19 @@ class ActivationQuantizer(nn.Module):
         zero_point = self.zero_point
         lower, upper = self.qmin - zero_point, self.qmax - zero_point
         codes = quantize(x, step, lower, upper)
-        return self.tensor(self._follow_zero(codes, x.detach() / step.detach(), x[0].numel()), step)
+        return self.tensor(self._follow_zero(codes, lambda: x.detach() / step.detach(), x[0].numel()), step)
 
     def from_ratio(self, ratio: Tensor, step: Tensor) -> QTensor:
         """Quantise `ratio` = real / step, already computed as the deployed kernel computes it, [N, ...]."""
         zero_point = self.zero_point
         codes = round_clamp(ratio, self.qmin - zero_point, self.qmax - zero_point)
-        return self.tensor(self._follow_zero(codes, ratio.detach(), ratio[0].numel()), step)
+        return self.tensor(self._follow_zero(codes, ratio.detach, ratio[0].numel()), step)
 
     def from_stored(self, stored: Tensor, step: Tensor) -> QTensor:
         """Quantise a stored code not yet rounded, real / step + zero_point as the deployed kernel computes it."""
         zero_point = self.zero_point
         codes = round_clamp(stored, self.qmin, self.qmax) - zero_point
-        return self.tensor(self._follow_zero(codes, stored.detach() - zero_point, stored[0].numel()), step)
+        return self.tensor(self._follow_zero(codes, lambda: stored.detach() - zero_point, stored[0].numel()), step)
 
     def tensor(self, codes: Tensor, step: Tensor) -> QTensor:
         """Centred codes under this quantisation."""
@@ -239,11 +240,11 @@ class ActivationQuantizer(nn.Module):
     def _gradient_scale(self, features: int) -> float:
         return float((features * max(1, self.qmax - self.zero_point)) ** -0.5)
 
-    def _follow_zero(self, codes: Tensor, ratio: Tensor, features: int) -> Tensor:
+    def _follow_zero(self, codes: Tensor, real_in_steps: Callable[[], Tensor], features: int) -> Tensor:
         """The same codes, through which the zero point learns: it moves both ends of the range (LSQ+ eq. 9)."""
         if self.zero is None or not self.zero.requires_grad or not torch.is_grad_enabled():
             return codes
-        zero_point = self.zero_point
+        zero_point, ratio = self.zero_point, real_in_steps()
         outside = (ratio >= self.qmax - zero_point) | ((ratio <= -zero_point) & (not self.rectified))
         zero = scale_gradient(self.zero, self._gradient_scale(features))
         return codes - outside * (zero - zero.detach())
