@@ -6,13 +6,8 @@ in place, no tensor of the model is a constant in disguise, and every value know
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import re
-import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.exporting import export_graph, is_not_the_users, require_one_input
 from mecdeploy.training.input_spec import InputSpec
 
 EXAMPLE_BATCH = 2
@@ -67,12 +63,11 @@ def trace(model: nn.Module, spec: InputSpec) -> Trace:
     model: takes normalised float32 [N, C, H, W]. Raises TrainingError naming the line of the model's code that cannot
     be traced, and what to do about it.
     """
+    require_one_input(model)
     model = copy.deepcopy(model).cpu().eval()
     image = torch.zeros(EXAMPLE_BATCH, spec.channels, spec.height, spec.width)
-    program = _export(model, image)
+    program = export_graph(model, image)
     graph = program.graph_module.graph
-    if len(program.graph_signature.user_inputs) != 1:
-        raise TrainingError("the model has more than one input; a classifier takes one image tensor.")
     pixels = next(node for node in graph.nodes if node.name == program.graph_signature.user_inputs[0])
     result = Trace(model, pixels, _logits(program, graph))
     _read_tensors(program, result)
@@ -93,7 +88,7 @@ def where(node: fx.Node) -> str:
 def line_of(node: fx.Node) -> str:
     """Place in the user's code that makes a node, as file:line, "" where torch did not keep it."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    theirs = [(file, number) for file, number in frames if not _is_torch(file)]
+    theirs = [(file, number) for file, number in frames if not is_not_the_users(file)]
     return f"{Path(theirs[-1][0]).name}:{theirs[-1][1]}" if theirs else ""
 
 
@@ -118,64 +113,6 @@ def is_size(node: fx.Node) -> bool:
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """Shape of a node's value, its batch a symbol."""
     return tuple(node.meta["val"].shape)
-
-
-def _export(model: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch")
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole block, which hides its layers
-        with _quiet():
-            return torch.export.export(model, (image,), dynamic_shapes=({0: batch},), strict=False)
-    except TrainingError:
-        raise
-    except Exception as error:
-        raise TrainingError(_explain(model, error)) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch.export from printing what the error is going to say."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    kind = type(model).__name__
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    cause: BaseException | None = error
-    frames: list[traceback.FrameSummary] = []
-    while cause is not None and not frames:
-        frames = [f for f in traceback.extract_tb(cause.__traceback__) if not _is_torch(f.filename) and not _is_ours(f)]
-        cause = cause.__cause__ or cause.__context__
-    place = f" at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)" if frames else ""
-    names = type(error).__name__ + str(error)
-    if "DataDependent" in names or "data-dependent" in names:
-        return (
-            f"{kind} cannot be traced{place}: the line looks at values of tensors, which are not known before it runs. "
-            "Rewrite it without a branch or a number taken from a tensor (torch.where keeps both sides)."
-        )
-    if "Constraint" in names or "specialized" in names.lower():
-        return (
-            f"{kind} cannot be traced{place}: its forward fixes the batch size. Take it from the input "
-            f"(x.shape[0], or -1 in a reshape), so that any number of images can be served. ({reason[:200]})"
-        )
-    return f"{kind} cannot be traced{place}: {type(error).__name__}: {reason[:300]}"
-
-
-def _is_torch(filename: str) -> bool:
-    return "/torch/" in f"/{filename}" or filename.startswith("<")
-
-
-def _is_ours(frame: traceback.FrameSummary) -> bool:
-    return Path(frame.filename) == Path(__file__)
 
 
 def _read_tensors(program: torch.export.ExportedProgram, trace: Trace) -> None:
