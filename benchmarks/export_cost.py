@@ -1,4 +1,7 @@
-"""Seconds and peak extra memory of one export, in a fresh process: `python -m benchmarks.export_cost resnet18 4`.
+"""Seconds and peak extra memory of one export, in a fresh process.
+
+    python -m benchmarks.export_cost resnet18 4    print one JSON object
+    python -m benchmarks.export_cost               the large networks that have targets, into results/export_cost.json
 
 Measured from the network in memory to the bytes on the disk: reading the units, passes, emission, onnx's checker and
 shape inference, writing. Not measured: importing torch, making the network.
@@ -19,6 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 MEGABYTE = 1e6
+LARGE, LARGE_BITS = ("regnet_y_32gf", "vgg16", "convnext_large"), 4
+RESULT = Path(__file__).parent / "results" / "export_cost.json"
 _RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs: sets VmHWM back to the present resident size
 
 
@@ -74,14 +79,27 @@ def measure_apart(name: str, bits: int, seed: int) -> dict[str, float]:
     return cost
 
 
+def measure_large(seed: int) -> None:
+    """Write the result file."""
+    from benchmarks.environment import describe_environment, scheduling
+
+    environment = describe_environment(seed=seed, threads=1) | {"scheduling": scheduling()}
+    networks = {name: measure_apart(name, LARGE_BITS, seed) for name in LARGE}
+    result = {"environment": environment, "side": 224, "bits": LARGE_BITS, "networks": networks}
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> None:
-    """Print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network")
-    parser.add_argument("bits", type=int)
+    """One network, or the large ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", nargs="?")
+    parser.add_argument("bits", type=int, nargs="?", default=LARGE_BITS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.network, arguments.bits, arguments.seed)))
+    if arguments.network is None:
+        measure_large(arguments.seed)
+    else:
+        print(json.dumps(measure(arguments.network, arguments.bits, arguments.seed)))
 
 
 if __name__ == "__main__":
