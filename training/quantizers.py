@@ -159,8 +159,9 @@ class ActivationQuantizer(nn.Module):
     signed: for values of both signs. zero_point is then 2^(bits - 1), or learned; otherwise it is 0, which is also the
     ReLU. rectified: the values are a ReLU's though the quantiser is signed, since it is shared: qmin is zero_point.
     maximum: largest real the activation takes (6 for ReLU6), or None. It bounds the step, so the clip stays below it.
-    zero: the learned zero point, () in steps, where learn_zero_point. LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576)
-    learns an offset in reals; whole steps keep a code for real 0, so that padding stays exact.
+    offset: where learn_zero_point, how far the lowest code lies below real 0, () in reals; the zero point is offset /
+    step, rounded: LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576) learns that offset too, but leaves it unrounded. A whole
+    number of steps keeps a code for real 0, so that padding stays exact.
     """
 
     def __init__(
@@ -177,18 +178,19 @@ class ActivationQuantizer(nn.Module):
         self.signed, self.rectified = signed, rectified
         self.maximum = maximum
         self.step = nn.Parameter(torch.ones(()))
-        self.zero = nn.Parameter(torch.tensor(float(1 << (bits - 1)))) if signed and learn_zero_point else None
+        self.offset = nn.Parameter(torch.tensor(float(1 << (bits - 1)))) if signed and learn_zero_point else None
         self.samples: list[Tensor] | None = None
 
     def share(self, other: ActivationQuantizer) -> None:
         """Learn the step and zero point of `other` from now on, so that both kinds of codes can lie side by side."""
-        self.step, self.zero = other.step, other.zero
+        self.step, self.offset = other.step, other.offset
 
     @property
     def zero_point(self) -> int:
         """Stored code of real zero."""
-        if self.zero is not None:
-            return min(self.qmax, max(0, round(float(self.zero))))
+        if self.offset is not None:
+            step = self.step.detach().clamp(SMALLEST_STEP)
+            return min(self.qmax, max(0, round(float(self.offset.detach() / step))))
         return 1 << (self.bits - 1) if self.signed else 0
 
     @property
@@ -219,19 +221,19 @@ class ActivationQuantizer(nn.Module):
         zero_point = self.zero_point
         lower, upper = self.qmin - zero_point, self.qmax - zero_point
         codes = quantize(x, step, lower, upper)
-        return self.tensor(self._follow_zero(codes, lambda: x.detach() / step.detach(), x[0].numel()), step)
+        return self.tensor(self._follow_zero(codes, lambda: x.detach() / step.detach(), step), step)
 
     def from_ratio(self, ratio: Tensor, step: Tensor) -> QTensor:
         """Quantise `ratio` = real / step, already computed as the deployed kernel computes it, [N, ...]."""
         zero_point = self.zero_point
         codes = round_clamp(ratio, self.qmin - zero_point, self.qmax - zero_point)
-        return self.tensor(self._follow_zero(codes, ratio.detach, ratio[0].numel()), step)
+        return self.tensor(self._follow_zero(codes, ratio.detach, step), step)
 
     def from_stored(self, stored: Tensor, step: Tensor) -> QTensor:
         """Quantise a stored code not yet rounded, real / step + zero_point as the deployed kernel computes it."""
         zero_point = self.zero_point
         codes = round_clamp(stored, self.qmin, self.qmax) - zero_point
-        return self.tensor(self._follow_zero(codes, lambda: stored.detach() - zero_point, stored[0].numel()), step)
+        return self.tensor(self._follow_zero(codes, lambda: stored.detach() - zero_point, step), step)
 
     def tensor(self, codes: Tensor, step: Tensor) -> QTensor:
         """Centred codes under this quantisation."""
@@ -240,13 +242,18 @@ class ActivationQuantizer(nn.Module):
     def _gradient_scale(self, features: int) -> float:
         return float((features * max(1, self.qmax - self.zero_point)) ** -0.5)
 
-    def _follow_zero(self, codes: Tensor, real_in_steps: Callable[[], Tensor], features: int) -> Tensor:
-        """The same codes, through which the zero point learns: it moves both ends of the range (LSQ+ eq. 9)."""
-        if self.zero is None or not self.zero.requires_grad or not torch.is_grad_enabled():
+    def _follow_zero(self, codes: Tensor, real_in_steps: Callable[[], Tensor], step: Tensor) -> Tensor:
+        """The same codes, through which offset and step learn that they move both ends of the range.
+
+        With real = codes * step, as LSQ+ eq. 8 and 9: outside the range d real / d offset is -1, and d real / d step is
+        0 below it and qmax above it; inside all is as with a fixed zero point.
+        """
+        if self.offset is None or not self.offset.requires_grad or not torch.is_grad_enabled():
             return codes
         zero_point, ratio = self.zero_point, real_in_steps()
         outside = (ratio >= self.qmax - zero_point) | ((ratio <= -zero_point) & (not self.rectified))
-        zero = scale_gradient(self.zero, self._gradient_scale(features))
+        offset = scale_gradient(self.offset, self._gradient_scale(codes[0].numel()))
+        zero = offset / step
         return codes - outside * (zero - zero.detach())
 
     def _observe(self, x: Tensor) -> QTensor:

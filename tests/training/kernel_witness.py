@@ -5,6 +5,8 @@ Slow and plain on purpose, and shares nothing with the training room. Stored cod
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
 
@@ -126,4 +128,82 @@ def max_pool(
         columns = x * stride[1] - padding[1] + dilation[1] * np.arange(kernel[1])
         rows, columns = rows[(rows >= 0) & (rows < height)], columns[(columns >= 0) & (columns < width)]
         result[:, :, y, x] = codes[:, :, rows][:, :, :, columns].max((2, 3))
+    return result
+
+
+def multiply(
+    a: np.ndarray, a_scale: float, a_zero: int, b: np.ndarray, b_scale: float, b_zero: int,
+    scale: float, zero_point: int, qmin: int, qmax: int,
+) -> np.ndarray:  # fmt: skip
+    """QLinearMul on stored codes: rint(f32(f32(ab * M) + zy)), M = f32(f32(sa * sb) / sy); the zero point before."""
+    product = (a.astype(np.int64) - a_zero) * (b.astype(np.int64) - b_zero)
+    multiplier = F32(F32(a_scale) * F32(b_scale)) / F32(scale)
+    steps = (product.astype(F32) * multiplier).astype(F32) + F32(zero_point)
+    return np.clip(np.rint(steps), qmin, qmax).astype(np.uint8)
+
+
+SIGMOID_NUMERATOR = ["4.37031012579801e-11", "1.15627324459942e-07", "6.08574864600143e-05", "8.51377133304701e-03",
+                     "2.48287947061529e-01"]  # fmt: skip
+SIGMOID_DENOMINATOR = ["6.10247389755681e-13", "5.76102136993427e-09", "6.29106785017040e-06", "1.70198817374094e-03",
+                       "1.16817656904453e-01", "9.93151921023180e-01"]  # fmt: skip
+"""Of x^9, x^7, ... x and of x^10, x^8, ... 1: the rational approximation that Eigen publishes."""
+
+
+@functools.cache
+def logistic(x: np.float32) -> np.float32:
+    """onnxruntime's logistic function of one float32, every multiply-add an exact fraction rounded once."""
+    x = F32(min(max(x, F32(-18)), F32(18)))
+    square = F32(x * x)
+
+    def polynomial(terms: list[str]) -> np.float32:
+        total = F32(terms[0])
+        for term in terms[1:]:
+            total = fused_multiply_add(float(total), float(square), float(F32(term)))
+        return total
+
+    ratio = F32(F32(x * polynomial(SIGMOID_NUMERATOR)) / polynomial(SIGMOID_DENOMINATOR))
+    return max(F32(ratio + F32(0.5)), F32(0))
+
+
+def leaky(x: np.float32, alpha: float) -> np.float32:
+    """LeakyRelu of one float32."""
+    return x if x >= 0 else F32(F32(alpha) * x)
+
+
+def through_table(
+    codes: np.ndarray, input_scale: float, input_zero: int, function: Callable[[np.float32], np.float32],
+    scale: float, zero_point: int, qmin: int, qmax: int,
+) -> np.ndarray:  # fmt: skip
+    """QLinearSigmoid and QLinearLeakyRelu: of each stored code rint(f32(y / sy)) + zy, y of f32(sx * (code - zx))."""
+    table = np.zeros(256, np.uint8)
+    for code in range(256):
+        y = function(F32(F32(input_scale) * F32(code - input_zero)))
+        table[code] = np.clip(np.rint(F32(y / F32(scale))) + zero_point, qmin, qmax)
+    return table[codes]
+
+
+def hard_sigmoid(codes: np.ndarray, input_scale: float, input_zero: int, scale: float, qmax: int) -> np.ndarray:
+    """QLinearAdd of the codes at f32(sx / 6) and the constant 1 at scale 1/2; zero point 0."""
+    sixth = F32(input_scale) / F32(6)
+    return add(codes, float(sixth), input_zero, np.ones_like(codes), 0.5, 0, scale, 0, qmax)
+
+
+def average_pool(
+    codes: np.ndarray, input_scale: float, input_zero: int, kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], include_pad: bool, scale: float, zero_point: int, qmin: int, qmax: int,
+) -> np.ndarray:  # fmt: skip
+    """QLinearAveragePool: reals added row by row in float32; rint(f32(f32(mean / sy) + zy)), the zero point before."""
+    images, channels, height, width = codes.shape
+    rows = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
+    columns = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    result = np.zeros((images, channels, rows, columns), np.uint8)
+    for n, c, y, x in product(range(images), range(channels), range(rows), range(columns)):
+        total, inside = F32(0), 0
+        for i, j in product(range(kernel[0]), range(kernel[1])):
+            h, w = y * stride[0] - padding[0] + i, x * stride[1] - padding[1] + j
+            if 0 <= h < height and 0 <= w < width:
+                total = F32(total + F32(F32(input_scale) * F32(int(codes[n, c, h, w]) - input_zero)))
+                inside += 1
+        mean = F32(total / F32(kernel[0] * kernel[1] if include_pad else inside))
+        result[n, c, y, x] = np.clip(np.rint(F32(F32(mean / F32(scale)) + F32(zero_point))), qmin, qmax)
     return result
