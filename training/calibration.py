@@ -130,9 +130,9 @@ def _set_step(name: str, quantizers: list[ActivationQuantizer]) -> None:
             "schedule.fp_learning_rate."
         )
     quantizer = quantizers[0]
-    if quantizer.zero is not None:
+    if quantizer.offset is not None:
         step, zero = search_step_and_zero(values, quantizer.qmax)
-        quantizer.zero.copy_(zero)
+        quantizer.offset.copy_(zero * step)
     else:
         step = search_steps(values[None], -quantizer.zero_point, quantizer.qmax - quantizer.zero_point)[0]
     quantizer.step.copy_(step.clamp_max(quantizer.largest_step))
