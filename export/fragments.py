@@ -117,12 +117,19 @@ def _export_all(fragments: Mapping[str, Fragment]) -> dict[str, GraphProto]:
                 _export([fragment])
             except Exception as own:
                 operators = sorted({str(n.target) for n in fragment.module.graph.nodes if n.op == "call_function"})
-                reason = next((line for line in str(own).splitlines() if line.strip()), type(own).__name__)
                 raise ExportError(
-                    f"{name}: torch.onnx cannot write this island ({', '.join(operators)}): {reason.strip()[:300]}. "
+                    f"{name}: torch.onnx cannot write this island ({', '.join(operators)}): {_innermost(own)}. "
                     "Rewrite the operator with others that ONNX knows."
                 ) from own
         raise ExportError(f"torch.onnx cannot write the float islands: {error}") from error
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of what torch.onnx's error began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.strip().rstrip(".")[:300]
 
 
 def _export(fragments: Sequence[Fragment]) -> list[GraphProto]:

@@ -72,7 +72,7 @@ def _regrouped(
 def _nearest(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
     source = a.get("self", a.get("input"))
     x = planner.codes(source)
-    if x is None:
+    if x is None or not isinstance(source, fx.Node):
         return IN_FLOAT
     size, wanted = shape_of(source)[2:], shape_of(node)[2:]
     if any(not isinstance(extent, int) for extent in (*size, *wanted)) or wanted[0] % size[0] or wanted[1] % size[1]:

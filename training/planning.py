@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from mecdeploy.training.arguments import arguments_of
 from mecdeploy.training.errors import TrainingError
@@ -20,6 +20,9 @@ from mecdeploy.training.operators import REFUSED, RULES
 from mecdeploy.training.plans import Plan, Plans, Value
 from mecdeploy.training.rewrites import recognise_hard_sigmoids
 from mecdeploy.training.tracing import Trace, operator_name, place_of, where
+
+UNIT_PARTS = ("outputs", "output", "weight", "bias", "batch_norm", "weight_quantizer", "geometry", "frozen", "module")
+"""What units call their own parts: no unit inside another's path has these names."""
 
 NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "softplus")
 """Float operators whose results need no sign."""
@@ -113,13 +116,18 @@ class Planner:
     def add_plan(self, name: str, kind: str, inputs: Sequence[Value], **fields: Any) -> Value:
         """A new plan and the value it makes; the name is made unique."""
         unique, count = name, 2
-        while unique in self._names:
+        while unique in self._names or self._is_taken(unique):
             unique, count = f"{name}_{count}", count + 1
         self._names.add(unique)
         depth = 1 + max((self.depth(value) for value in inputs), default=0)
         plan = Plan(name=unique, kind=kind, inputs=list(inputs), depth=depth, **fields)
         self.plans.append(plan)
         return Value(codes=kind not in ("island", "dequantize"), plan=plan)
+
+    def _is_taken(self, name: str) -> bool:
+        """Whether a module cannot have a submodule of this name: a method is called so, or a part of its own unit."""
+        parent, _, leaf = name.rpartition(".")
+        return hasattr(nn.Module, leaf) or (leaf in UNIT_PARTS and parent in self._names)
 
     def depth(self, value: Value) -> int:
         """Units on the longest way from the pixels to a value."""

@@ -6,7 +6,6 @@ in place, no tensor of the model is a constant in disguise, and every value know
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,14 @@ from torch.utils import _pytree as pytree
 
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.exporting import export_graph, is_not_the_users, require_one_input
+from mecdeploy.training.given_model import own_copy
 from mecdeploy.training.input_spec import InputSpec
 
 EXAMPLE_BATCH = 2
 """Images in the example: torch.export takes a batch of 1 for a constant."""
+
+RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "uniform", "exponential")
+"""Operators that draw random numbers, less their _like; dropout is known to be the identity when it is deployed."""
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _ALIASES = ("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "lift_fresh", "_assert_tensor_metadata")
@@ -63,8 +66,8 @@ def trace(model: nn.Module, spec: InputSpec) -> Trace:
     model: takes normalised float32 [N, C, H, W]. Raises TrainingError naming the line of the model's code that cannot
     be traced, and what to do about it.
     """
+    model = own_copy(model)
     require_one_input(model)
-    model = copy.deepcopy(model).cpu().eval()
     image = torch.zeros(EXAMPLE_BATCH, spec.channels, spec.height, spec.width)
     program = export_graph(model, image)
     graph = program.graph_module.graph
@@ -75,6 +78,8 @@ def trace(model: nn.Module, spec: InputSpec) -> Trace:
     _make_functional(result)
     result.output = _forget_aliases(result)
     _keep_what_is_needed(result)
+    for node in result.nodes:
+        _require_plain(node)
     return result
 
 
@@ -150,6 +155,7 @@ def _sort_nodes(graph: fx.Graph, trace: Trace) -> None:
 
 
 def _compute(node: fx.Node, trace: Trace) -> Any:
+    _require_plain(node)
     if _takes_only_type(node):
         arguments = [torch.empty(0, dtype=node.meta["val"].dtype), *trace.constant(list(node.args[1:]))]
     else:
@@ -223,6 +229,32 @@ def _keep_what_is_needed(trace: Trace) -> None:
             needed.add(node)
             todo += node.all_input_nodes
     trace.nodes = [node for node in trace.nodes if node in needed]
+
+
+def _require_plain(node: fx.Node) -> None:
+    """Raise TrainingError for an operator whose result depends on chance, or whose size on values."""
+    name = operator_name(node).rstrip("_")
+    if name.removesuffix("_like") in RANDOM:
+        raise TrainingError(
+            f"{place_of(node)}: {name} draws random numbers in evaluation mode, so no two runs agree. Draw them only "
+            "where self.training is true."
+        )
+    if _chooses_by_value(node):
+        raise TrainingError(
+            f"{place_of(node)}: how much {name} returns depends on the values of the image. Keep all positions "
+            "(torch.where and a product with a mask do)."
+        )
+
+
+def _chooses_by_value(node: fx.Node) -> bool:
+    """Whether a node returns as many values as fulfil a condition; "u" names sizes that only the image tells."""
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, Tensor) else ()
+    if any(isinstance(size, torch.SymInt) and str(size).startswith("u") for size in sizes):
+        return True
+    indices = node.args[1] if operator_name(node) == "index" else ()
+    masks = [i for i in indices if isinstance(i, fx.Node) and i.op == "call_function"]  # type: ignore[union-attr]
+    return any(mask.meta["val"].dtype == torch.bool for mask in masks)
 
 
 def _logits(program: torch.export.ExportedProgram, graph: fx.Graph) -> fx.Node:
