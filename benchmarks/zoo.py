@@ -49,12 +49,12 @@ def in_order(networks: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]
     return {name: networks[name] for name in (*first, *(name for name in by_size if name not in first))}
 
 
-def run_apart(name: str, *, seconds: float, gigabytes: float) -> Row:
+def run_apart(name: str, *, light: bool, seconds: float, gigabytes: float) -> Row:
     """The row of one network; one that was killed has what it had measured, and an `error`."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, "-m", "benchmarks.zoo_network", name, "--out", str(out)]
-        command += ["--gigabytes", str(gigabytes)]
+        command += ["--gigabytes", str(gigabytes), *(["--light"] if light else [])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         try:
             ran = subprocess.run(
@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="these only, in this order")
     parser.add_argument("--resume", action="store_true", help="skip networks whose row has no error")
+    parser.add_argument("--light", action="store_true", help="W4A4 alone, and no baselines: a third of the time")
     parser.add_argument("--seconds", type=float, default=900, help="limit for one network")
     parser.add_argument("--gigabytes", type=float, default=12.0, help="limit for one network")
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -104,7 +105,7 @@ def main() -> None:
         known = result["networks"]
         if arguments.resume and name in known and "error" not in known[name]:
             continue
-        row = run_apart(name, seconds=arguments.seconds, gigabytes=arguments.gigabytes)
+        row = run_apart(name, light=arguments.light, seconds=arguments.seconds, gigabytes=arguments.gigabytes)
         environment = describe_environment(seed=SEED, threads=1)
         known[name] = {"family": networks[name][0], "commit": environment.pop("commit"), **row}
         ordered = {key: known[key] for key in networks if key in known}

@@ -34,7 +34,6 @@ ROUNDS = 30  # of latency
 
 SIDE = 64  # pixels, unless a network cannot take it
 SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}
-GIANTS = {"regnet_y_128gf", "vit_h_14"}  # 2.6 GB of weights: W4A4 alone, and no static int8
 
 Row = dict[str, Any]
 
@@ -44,9 +43,9 @@ def side_of(name: str) -> int:
     return SIDES.get(name, SIDE)
 
 
-def widths_of(name: str) -> tuple[int, ...]:
+def widths(light: bool) -> tuple[int, ...]:
     """Bits of weights and activations, W4A4 first: latency and export cost are those of its file."""
-    return (4,) if name in GIANTS else (4, 8, 2)
+    return (4,) if light else (4, 8, 2)
 
 
 class Measurement:
@@ -67,8 +66,11 @@ class Measurement:
         self.path.write_text(json.dumps(self.row))
 
 
-def measure(name: str, into: Measurement) -> None:
-    """Everything about one network. Raises whatever a stage raises; `into.stage` says which."""
+def measure(name: str, into: Measurement, *, light: bool = False) -> None:
+    """Everything about one network. Raises whatever a stage raises; `into.stage` says which.
+
+    light: W4A4 alone, and no baselines, which take most of the time.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -80,10 +82,10 @@ def measure(name: str, into: Measurement) -> None:
     model = networks.float_network(name, pixels, spec, SEED, classes=CLASSES, stem="standard")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weight_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
-    into.add(side=side, parameters=parameters)
+    into.add(side=side, parameters=parameters, weight_bytes=weight_bytes, light=light)
     with TemporaryDirectory() as folder:
         files = {}
-        for bits in widths_of(name):
+        for bits in widths(light):
             key = f"w{bits}a{bits}"
             into.stage = f"{key}: train"
             quantized = trained(model, pixels, spec, bits)
@@ -95,6 +97,8 @@ def measure(name: str, into: Measurement) -> None:
             into.add(**{key: {"file_bytes": files[key].stat().st_size, **checked(files[key], quantized, pixels)}})
             del quantized
             gc.collect()
+        if light:
+            return
         into.stage = "latency"
         into.add(**latency(name, model, pixels, spec, files["w4a4"], Path(folder), into))
 
@@ -180,12 +184,11 @@ def latency(
     write_float(model, side_of(name), files["fp32"])
     into.add(fp32_bytes=files["fp32"].stat().st_size)
     images = spec.normalize(pixels).numpy()
-    if name not in GIANTS:
-        try:
-            write_static_int8(files["fp32"], images[:8], folder / "int8.onnx")
-            files["static_int8"] = folder / "int8.onnx"
-        except Exception as error:  # a network that onnxruntime's own tool cannot quantise is a finding
-            into.add(static_int8_error=first_line(error))
+    try:
+        write_static_int8(files["fp32"], images[:8], folder / "int8.onnx")
+        files["static_int8"] = folder / "int8.onnx"
+    except Exception as error:  # a network that onnxruntime's own tool cannot quantise is a finding
+        into.add(static_int8_error=first_line(error))
     feeds = {key: {INPUT: images[:1]} for key in files} | {"w4a4": {"pixels": pixels[:1].numpy()}}
     with real_time():
         reports = compare_latency(files, feeds, threads=1, rounds=ROUNDS)
@@ -223,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--light", action="store_true", help="W4A4 alone, and no baselines")
     parser.add_argument("--gigabytes", type=float, default=12.0, help="of memory; more is refused to this process")
     arguments = parser.parse_args()
     limit = int(arguments.gigabytes * 1e9)
@@ -230,7 +234,7 @@ def main() -> None:
     into = Measurement(arguments.out)
     start = time.perf_counter()
     try:
-        measure(arguments.name, into)
+        measure(arguments.name, into, light=arguments.light)
     except (Exception, MemoryError) as error:
         into.add(error=f"{into.stage}: {first_line(error)}", traced=into.row.get("traced", False))
         into.row.setdefault("seconds", round(time.perf_counter() - start, 1))
