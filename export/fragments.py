@@ -181,7 +181,11 @@ def write_onnx(
             output_names=output_names,
         )
     assert exported is not None
-    return exported.model_proto
+    model_proto = exported.model_proto
+    for node in model_proto.graph.node:  # stack traces of the machine that exports
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    return model_proto
 
 
 def _part(graph: GraphProto, inputs: list[str], outputs: list[str]) -> GraphProto:
