@@ -55,11 +55,13 @@ def _avg_pool2d(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
     x = planner.codes(a["self"])
     if x is None:
         return IN_FLOAT
-    if a["ceil_mode"] or a["divisor_override"]:
-        return "average pooling with ceil_mode or divisor_override has no integer kernel"
-    kernel = pair(a["kernel_size"])
+    kernel, padding = pair(a["kernel_size"]), pair(a["padding"])
     stride = pair(a["stride"]) if a["stride"] else kernel
-    return _average(planner, node, x, kernel, stride, pair(a["padding"]), bool(a["count_include_pad"]))
+    size, made = shape_of(a["self"])[-2:], shape_of(node)[-2:]
+    whole = [(size[axis] + 2 * padding[axis] - kernel[axis]) // stride[axis] + 1 for axis in (0, 1)]
+    if list(made) != whole or a["divisor_override"]:
+        return "average pooling over windows that overhang (ceil_mode), or with divisor_override, has no integer kernel"
+    return _average(planner, node, x, kernel, stride, padding, bool(a["count_include_pad"]))
 
 
 def _adaptive_avg_pool2d(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:

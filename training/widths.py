@@ -24,10 +24,10 @@ class Widths:
 def assign_widths(plans: Plans, config: QuantConfig) -> Widths:
     """Apply a QuantConfig to plans.
 
-    First and last layers: first_last_bits. What layers read: act_bits. What other kernels read (an Add, a pool, a
-    product, a BatchNorm of its own): skip_bits. Only an Add is quantised more than once (two integer kernels compute
-    one sum); any other value has one quantisation, the widest that a reader asks for, and values that a concat joins
-    have one together. Raises TrainingError where an override matches no unit.
+    First and last layers, and what they read: first_last_bits. What other layers read: act_bits. What other kernels
+    read (an Add, a pool, a product, a BatchNorm of its own): skip_bits. Only an Add is quantised more than once (two
+    integer kernels compute one sum); any other value has one quantisation, the widest that a reader asks for, and
+    values that a concat joins have one together. Raises TrainingError where an override matches no unit.
     """
     _check_patterns(plans, config)
     policy = _Policy(plans, config)
@@ -82,7 +82,8 @@ class _Policy:
             return self.config.first_last_bits
         if role_of(self.plans, reader) == SKIP:
             return self.config.skip_bits
-        default = self.config.first_last_bits if reader.name in self.last else self.config.act_bits
+        edge = reader.name in self.first or reader.name in self.last
+        default = self.config.first_last_bits if edge else self.config.act_bits
         return _override(plan.name, "act_bits", default, self.config)
 
 
