@@ -23,7 +23,7 @@ def fold_normalization(plans: Plans, spec: InputSpec) -> None:
     """
     if not spec.mean:
         return
-    for plan in plans.readers(PIXELS):
+    for plan in dict.fromkeys(plans.readers(PIXELS)):  # several ways may lead to one layer
         channels = _channels_of(plan.inputs[0], spec.channels)
         if plan.kind != "weighted" or plan.layer is None or plan.layer.geometry is None or channels is None:
             raise TrainingError(
