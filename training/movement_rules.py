@@ -149,9 +149,20 @@ def _cat(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
         return "it joins batches"
     if len({is_pixels(value) for value in known}) > 1:
         return "it joins raw pixels with other values"
+    if len(set().union(*map(_bounds, known))) > 1:
+        return "it joins values of different upper bounds, such as those of ReLU6 and ReLU, which one scale cannot have"
     if len(known) == 1:
         return known[0]
     return planner.add_plan(planner.name_of(node), "concat", known, options={"axis": axis})
+
+
+def _bounds(value: Value) -> set[float | None]:
+    """Upper bounds that the kernels of a value's makers leave to their quantisers; a sigmoid's keeps to 1 itself."""
+    if value.plan is None:
+        return set()
+    if value.plan.kind in PASS_THROUGH:
+        return set().union(*map(_bounds, value.plan.inputs))
+    return {None if value.plan.options.get("function") == "sigmoid" else value.plan.maximum}
 
 
 def is_pixels(value: Value) -> bool:

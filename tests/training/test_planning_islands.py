@@ -27,7 +27,7 @@ ISLANDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[str, ...], str]]
     "ceil_mode": (
         lambda m, x: F.avg_pool2d(x, 3, 2, ceil_mode=True),
         ("avg_pool2d",),
-        "average pooling with ceil_mode or divisor_override has no integer kernel",
+        "average pooling over windows that overhang (ceil_mode), or with divisor_override, has no integer kernel",
     ),
     "uneven windows": (
         lambda m, x: F.adaptive_avg_pool2d(x, 3),
@@ -58,6 +58,24 @@ def test_a_layer_listed_under_float_layers_is_an_island() -> None:
     assert island.options["operators"] == ("conv2d", "adaptive_avg_pool2d", "flatten")
     parameters = dict(island.options["module"].named_parameters())
     assert sorted(parameters) == ["second_bias", "second_weight"], "its weights go on learning"
+
+
+@pytest.mark.parametrize("bounded", [F.relu6, F.hardsigmoid])
+def test_values_of_different_bounds_cannot_share_a_scale(bounded: Callable[[Tensor], Tensor]) -> None:
+    """The bound of either lies in its scale; side by side with values of another it would be lost."""
+    forward = lambda m, x: pooled(m, m.last(torch.cat([bounded(m.conv(x)), m.second(x)], 1)))  # noqa: E731
+    layers = {"second": conv(inputs=3), "last": conv(inputs=8)}
+    island = next(plan for plan in plans_of(forward, **layers).by_name.values() if plan.kind == "island")
+    assert island.options["operators"] == ("cat",) and "different upper bounds" in island.options["reason"]
+
+
+@pytest.mark.parametrize("function", [F.relu6, F.hardsigmoid])
+def test_values_of_one_bound_share_a_scale(function: Callable[[Tensor], Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return pooled(m, m.last(torch.cat([function(m.conv(x)), function(m.second(x))], 1)))
+
+    plans = plans_of(forward, second=conv(inputs=3), last=conv(inputs=8))
+    assert "cat" in plans.by_name and plans.by_name["cat"].kind == "concat"
 
 
 def test_reflect_padding_is_an_island_before_an_integer_convolution() -> None:
