@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md and README.md, written from the result files between their markers.
+"""The tables of docs/benchmarks.md, docs/models.md and README.md, written from the result files between their markers.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    exit 1 if a document says something else than the results
@@ -13,13 +13,15 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from benchmarks import zoo_tables
+from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("docs/benchmarks.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/models.md", "README.md")
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
 
@@ -30,8 +32,6 @@ METHODS = {"lsq": "LSQ", "mec": "MEC"}
 LARGEST_FILE = {"w4a4": 6.3, "w2a2": 3.5}
 LONGEST_EXPORT, LARGEST_EXPORT = 3.0, 3.0
 SLOWEST_TO_STATIC, SLOWEST_TO_FLOAT = 1.05, 0.33
-
-Result = dict[str, Any]
 
 
 def load(name: str) -> Result:
@@ -144,35 +144,16 @@ def label(model: str) -> str:
     return MODELS.get(model, model.upper())
 
 
-def verdict(name: str, measured: float, limit: float, digits: int) -> tuple[str, str, str, str]:
-    """A row that says whether a target is met, by the number as it was measured and not as it is printed."""
-    return name, f"{limit:g}", f"{measured:.{digits}f}", "met" if measured <= limit else "**missed**"
-
-
-def measured_on(result: Result) -> str:
-    """One line on the machine and the versions."""
-    found = result["environment"]
-    features = f" ({', '.join(found['cpu_features'])})" if found["cpu_features"] else ""
-    device = "" if found["device"] == "cpu" else f", {found['device']}"
-    priority = ", at real-time priority" if found.get("scheduling") == "real-time" else ""
-    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
-    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("onnxruntime", "torch"))
-    machine = f"{found['cpu']}{features}, {threads} of {found['cores']} cores{device}{priority}"
-    return f"\n{found['date']}, {machine}, {versions}.\n"
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, left: int) -> str:
-    """Markdown; the first `left` columns are words, the others numbers."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
-
-
 # Table -> (its result file, how it is written).
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "latency": ("latency", latency),
     "export": ("latency", export),
     "targets": ("latency", targets),
     "cifar10": ("cifar10", cifar10),
+    "zoo-kernels": ("zoo", zoo_tables.kernels),
+    "zoo-islands": ("zoo", zoo_tables.islands),
+    "zoo-costs": ("zoo", zoo_tables.costs),
+    "export-large": ("export_cost", zoo_tables.export_targets),
 }
 
 

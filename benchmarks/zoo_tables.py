@@ -19,7 +19,7 @@ def kernels(result: Result) -> str:
         "float islands",
         "integers compared",
         "different",
-        "of island values, moved by a step",
+        "integers from islands moved by a step",
     )
     rows = []
     for name, row in done(result).items():
@@ -41,12 +41,12 @@ def kernels(result: Result) -> str:
 
 
 def moved(row: Result) -> str:
-    """Of values quantised from float islands: the share on which PyTorch and onnxruntime rounded apart."""
+    """Of values quantised from float islands: those on which PyTorch and onnxruntime rounded apart."""
     compared = total(row, "island_values_compared")
     if not compared:
         return ""
     steps = max(row[width]["island_steps"] for width in WIDTHS if width in row)
-    share = f"{100 * total(row, 'island_values_different') / compared:.3f}%"
+    share = f"{total(row, 'island_values_different'):,} of {compared:,}"
     return share if steps <= 1 else f"{share}, up to {steps:g} steps"
 
 
@@ -66,15 +66,14 @@ def costs(result: Result) -> str:
     rows = []
     for name, row in done(result).items():
         sizes = (f"{row[width]['file_bytes'] / 1e6:.2f}" if width in row else "" for width in WIDTHS)
-        static = row.get("ratio_to_static_int8")
         rows.append(
             (
                 name,
                 f"{row['parameters'] / 1e6:.1f}",
-                f"{row['fp32_bytes'] / 1e6:.2f}",
+                f"{row['fp32_bytes'] / 1e6:.2f}" if "fp32_bytes" in row else "",
                 *sizes,
-                f"{row['ratio_to_fp32']['median']:.2f}",
-                f"{static['median']:.2f}" if static else "",
+                median(row, "ratio_to_fp32"),
+                median(row, "ratio_to_static_int8"),
                 f"{row['export']['seconds']:.1f}",
                 f"{row['export']['extra_over_fp32_weights']:.1f}",
             )
@@ -82,14 +81,19 @@ def costs(result: Result) -> str:
     return table(head, rows, left=1) + unquantised(result) + measured_on(result)
 
 
+def median(row: Result, key: str) -> str:
+    """A ratio, or nothing where its baseline was not measured."""
+    return f"{row[key]['median']:.2f}" if key in row else ""
+
+
 def unquantised(result: Result) -> str:
-    """Which networks have no static int8 to be compared with, and why."""
+    """Which networks onnxruntime's own static int8 fails on, and which were measured at W4A4 alone."""
     rows = done(result)
     failed = {name: row["static_int8_error"] for name, row in rows.items() if "static_int8_error" in row}
-    left_out = [name for name, row in rows.items() if "ratio_to_static_int8" not in row and name not in failed]
     lines = [f"\nonnxruntime's quantize_static fails on {name}: {reason}.\n" for name, reason in failed.items()]
-    if left_out:
-        lines.append(f"\nW4A4 alone, and no static int8, for their size: {', '.join(left_out)}.\n")
+    light = [name for name, row in rows.items() if row["light"]]
+    if light:
+        lines.append(f"\nIn the light pass, W4A4 alone and no baselines: {', '.join(light)}.\n")
     return "".join(lines)
 
 

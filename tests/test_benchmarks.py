@@ -32,17 +32,18 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{name}")
 
 
-@pytest.mark.parametrize("document", ["docs/benchmarks.md", "README.md"])
+@pytest.mark.parametrize("document", ["docs/benchmarks.md", "docs/models.md", "README.md"])
 def test_documents_show_the_committed_results(document: str) -> None:
     tables = load("tables")
     text = (ROOT / document).read_text(encoding="utf-8")
     assert tables.fill(text, tables.write_table) == text, "run python -m benchmarks.tables"
 
 
-def test_the_benchmark_page_shows_every_table() -> None:
+def test_every_table_is_shown_on_one_page_of_the_documents() -> None:
     tables = load("tables")
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    assert sorted(match["name"] for match in tables.MARKED.finditer(text)) == sorted(tables.TABLES)
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("docs/benchmarks.md", "docs/models.md")]
+    shown = [match["name"] for page in pages for match in tables.MARKED.finditer(page)]
+    assert sorted(shown) == sorted(tables.TABLES)
 
 
 def test_committed_latency_is_whole_and_all_quantised_models_are_all_integer() -> None:
@@ -64,6 +65,70 @@ def test_committed_accuracy_has_every_run_and_no_differing_integer() -> None:
         if name != "fp32":
             assert run["passed"] and run["integers_different"] == 0 and run["integers_compared"] > 1_000_000
             assert run["accuracy_torch"] == run["accuracy_onnxruntime"]
+
+
+def test_committed_zoo_is_every_classifier_and_no_integer_differs() -> None:
+    import torchvision
+
+    result = json.loads((ROOT / "benchmarks/results/zoo.json").read_text())
+    names = torchvision.models.list_models(module=torchvision.models)
+    assert sorted([*result["networks"], *result["not_run"]]) == sorted(names)
+    for name, row in result["networks"].items():
+        if "error" in row:
+            continue  # shown by the page
+        assert row["family"] and row["traced"]
+        for width in ("w4a4",) if row["light"] else ("w8a8", "w4a4", "w2a2"):
+            found = row[width]
+            assert found["passed"] and found["integers_different"] == 0 and found["integers_compared"] > 10_000, name
+            assert found["float_products"] == 0 and found["integer_products"] > 0, name
+            transformer = row["family"] in ("convnext", "maxvit", "swin_transformer", "vision_transformer")
+            assert (found["islands"] > 0) is transformer, name
+            assert (found["float_operators"] != {}) is transformer, name
+    assert result["environment"]["threads"] == 1
+
+
+def test_the_zoo_measures_one_of_every_family_first_then_by_size() -> None:
+    networks = {"b9": ("b", 9), "a5": ("a", 5), "a3": ("a", 3), "a1": ("a", 1), "b7": ("b", 7)}
+    assert list(load("zoo").in_order(networks)) == ["a1", "b7", "a3", "a5", "b9"]
+
+
+def test_a_zoo_result_is_one_line_a_network_and_reads_back(tmp_path: Path) -> None:
+    zoo = load("zoo")
+    result = {"environment": {"seed": 0}, "not_run": ["c"], "networks": {"a": {"units": 3}, "b": {"units": 4}}}
+    zoo.write(tmp_path / "zoo.json", result)
+    assert zoo.read(tmp_path / "zoo.json") == result
+    assert '  "a": {"units": 3},\n' in (tmp_path / "zoo.json").read_text()
+
+
+def test_what_the_zoo_did_not_measure_is_said() -> None:
+    tables = load("zoo_tables")
+    result = {"networks": {"a": {"error": "w4a4: check: CheckError: no"}}, "not_run": ["b", "c"]}
+    assert tables.absent(result) == "\n**a**: w4a4: check: CheckError: no\n\nNot run: b, c.\n"
+    values = {"island_values_compared": 4000, "island_values_different": 10, "island_steps": 1.0}
+    assert tables.moved({"w4a4": values, "w8a8": values}) == "20 of 8,000"
+    assert tables.moved({"w4a4": values | {"island_steps": 3.0}}) == "10 of 4,000, up to 3 steps"
+    assert tables.moved({"w4a4": values | {"island_values_compared": 0}}) == ""
+
+
+def test_global_pools_of_torch_onnx_are_named_for_the_int8_baseline() -> None:
+    from onnx import checker, helper, numpy_helper
+
+    def mean(axes: list[int], keepdims: int) -> list[str]:
+        node = helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=keepdims)
+        rank = 4 if keepdims else 2
+        graph = helper.make_graph(
+            [node],
+            "graph",
+            [helper.make_tensor_value_info("x", 1, [None, 3, 4, 4])],
+            [helper.make_tensor_value_info("y", 1, [None] * rank)],
+            [numpy_helper.from_array(np.array(axes), "axes")],
+        )
+        load("baselines").name_global_pools(graph)
+        checker.check_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), full_check=True)
+        return [node.op_type for node in graph.node]
+
+    assert mean([2, 3], 1) == mean([-1, -2], 1) == ["GlobalAveragePool"]
+    assert mean([2, 3], 0) == mean([1, 2], 1) == ["ReduceMean"]
 
 
 def test_fill_replaces_what_stands_between_markers_and_nothing_else() -> None:
