@@ -109,9 +109,10 @@ class Planner:
         return path if path and self._is_layer(path) else f"{path}.{operator}".lstrip(".")
 
     def _is_layer(self, path: str) -> bool:
-        """Whether a module is one of torch's own without layers inside, which then names what it computes."""
+        """Whether a module is one of torch's own without layers inside, or a kind of one: it names what it computes."""
         module = self.trace.model.get_submodule(path)
-        return type(module).__module__.startswith("torch.nn.modules.") and not any(True for _ in module.children())
+        own = type(module).__module__.startswith("torch.nn.modules.") or isinstance(module, nn.Conv2d | nn.Linear)
+        return own and not any(True for _ in module.children())
 
     def add_plan(self, name: str, kind: str, inputs: Sequence[Value], **fields: Any) -> Value:
         """A new plan and the value it makes; the name is made unique."""
