@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from mecdeploy.training.arguments import IN_FLOAT, Arguments, Rule
-from mecdeploy.training.movement_rules import is_pixels
+from mecdeploy.training.movement_rules import DIFFERENT_BOUNDS, bounds, is_pixels
 from mecdeploy.training.plans import Value
 from mecdeploy.training.tracing import shape_of
 
@@ -26,6 +26,8 @@ def _stack(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
         return "it joins a constant or a float value"
     if axis == 0:
         return "it joins batches"
+    if len(bounds(known)) > 1:
+        return DIFFERENT_BOUNDS
     name = planner.name_of(node)
     one = tuple(1 if place == axis else int(size) for place, size in enumerate(shape) if place > 0)
     parts = [planner.add_plan(name, "reshape", [value], options={"shape": one}) for value in known]

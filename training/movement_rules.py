@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mecdeploy.training.tracing import operator_name, shape_of
 if TYPE_CHECKING:
     from mecdeploy.training.planning import Planner
 
+DIFFERENT_BOUNDS = "it joins values of different upper bounds, as of ReLU6 and ReLU, which one scale cannot have"
 EVERYTHING = sys.maxsize
 """Where torch.export lets a slice stop that has no end."""
 
@@ -149,20 +150,22 @@ def _cat(planner: Planner, node: fx.Node, a: Arguments) -> Value | str:
         return "it joins batches"
     if len({is_pixels(value) for value in known}) > 1:
         return "it joins raw pixels with other values"
-    if len(set().union(*map(_bounds, known))) > 1:
-        return "it joins values of different upper bounds, such as those of ReLU6 and ReLU, which one scale cannot have"
+    if len(bounds(known)) > 1:
+        return DIFFERENT_BOUNDS
     if len(known) == 1:
         return known[0]
     return planner.add_plan(planner.name_of(node), "concat", known, options={"axis": axis})
 
 
-def _bounds(value: Value) -> set[float | None]:
-    """Upper bounds that the kernels of a value's makers leave to their quantisers; a sigmoid's keeps to 1 itself."""
-    if value.plan is None:
-        return set()
-    if value.plan.kind in PASS_THROUGH:
-        return set().union(*map(_bounds, value.plan.inputs))
-    return {None if value.plan.options.get("function") == "sigmoid" else value.plan.maximum}
+def bounds(values: Iterable[Value]) -> set[float | None]:
+    """Upper bounds that the kernels of the values' makers leave to their quantisers; a sigmoid keeps to 1 itself."""
+    found: set[float | None] = set()
+    for plan in (value.plan for value in values if value.plan is not None):
+        if plan.kind in PASS_THROUGH:
+            found |= bounds(plan.inputs)
+        else:
+            found.add(None if plan.options.get("function") == "sigmoid" else plan.maximum)
+    return found
 
 
 def is_pixels(value: Value) -> bool:
