@@ -84,7 +84,7 @@ def test_weights_computed_from_others_are_folded(kind: str, tmp_path: Path) -> N
 
 
 def test_features_kept_from_an_earlier_call_are_no_obstacle() -> None:
-    model = network()
+    model = network().eval()
     model.features = model.stem(torch.zeros(1, 3, 8, 8))
     assert model.features.grad_fn is not None
     require_same(prepared(model), prepared(network()))

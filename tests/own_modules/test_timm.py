@@ -20,10 +20,8 @@ from journey import (
 timm = pytest.importorskip("timm")
 
 MODELS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "test_resnet": ({}, set()),
     "test_efficientnet": ({}, set()),
     "mobilenetv3_small_050": ({}, set()),
-    "efficientnet_lite0": ({}, set()),
     "resnet10t": ({}, set()),
     "vit_tiny_patch16_224": ({"img_size": 32, "depth": 2}, {"layer_norm", "gelu", "scaled_dot_product_attention"}),
 }
