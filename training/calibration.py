@@ -26,7 +26,7 @@ def search_steps(values: Tensor, lower: int, upper: int) -> Tensor:
     zeros gets the step 1 / upper.
     """
     rows = max(1, ELEMENTS_AT_ONCE // max(1, values.shape[1]))
-    return torch.cat([_search_steps(part, lower, upper) for part in values.detach().split(rows)])
+    return torch.cat([_search_steps(part, lower, upper) for part in torch.split(values.detach(), rows)])
 
 
 def _search_steps(values: Tensor, lower: int, upper: int) -> Tensor:
