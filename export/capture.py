@@ -99,7 +99,14 @@ def _run(model: QuantizedModel, images: int) -> dict[str, QTensor | Tensor]:
     spec, device = model.spec, next(model.parameters()).device
     blank = torch.zeros(images, spec.channels, spec.height, spec.width, dtype=torch.uint8, device=device)
     x = model.quantize(blank)
-    return {PIXELS: x, **{name: value for _, name, value in model.values(x)}}
+    return {PIXELS: x, **{name: _outline(value) for _, name, value in model.values(x)}}
+
+
+def _outline(value: QTensor | Tensor) -> QTensor | Tensor:
+    """A value of the same shape and quantisation, all 0, that takes no memory: nothing else of it is read."""
+    tensor = value.codes if isinstance(value, QTensor) else value
+    nothing = tensor.new_zeros(()).expand(tensor.shape)
+    return value.with_codes(nothing) if isinstance(value, QTensor) else nothing
 
 
 def _batch_axes(many: _Values, one: _Values) -> dict[str, int]:
@@ -147,7 +154,7 @@ def _islands(
 
 def _example(value: QTensor | Tensor, unit: FloatUnit, position: int) -> Tensor:
     if not isinstance(value, QTensor):
-        return value
+        return value.contiguous()
     return value.stored() if unit.asks_for_batch_size and position == 0 else value.dequantize()
 
 
