@@ -29,6 +29,7 @@ CLASSES = 10
 CALIBRATION_IMAGES = 16
 CHECKED_IMAGES = 2
 TRAINING_STEPS = 2
+UNTRAINED = {"regnet_y_128gf", "vit_h_14"}  # 2.6 GB of weights, whose gradients would take as much several times over
 RELATIVE_STEP = 1e-3  # every parameter moves by this share of its own size
 ROUNDS = 30  # of latency
 
@@ -80,15 +81,16 @@ def measure(name: str, into: Measurement, *, light: bool = False) -> None:
     pixels = networks.photographs(CALIBRATION_IMAGES, SEED, side)
     spec = networks.input_spec(pixels)
     model = networks.float_network(name, pixels, spec, SEED, classes=CLASSES, stem="standard")
+    steps = 0 if name in UNTRAINED else TRAINING_STEPS
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weight_bytes = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
-    into.add(side=side, parameters=parameters, weight_bytes=weight_bytes, light=light)
+    into.add(side=side, parameters=parameters, weight_bytes=weight_bytes, light=light, steps=steps)
     with TemporaryDirectory() as folder:
         files = {}
         for bits in widths(light):
             key = f"w{bits}a{bits}"
             into.stage = f"{key}: train"
-            quantized = trained(model, pixels, spec, bits)
+            quantized = trained(model, pixels, spec, bits, steps=steps)
             into.stage = f"{key}: export"
             cost, files[key] = export(quantized, weight_bytes, Path(folder) / f"{key}.onnx")
             if bits == 4:
@@ -103,8 +105,8 @@ def measure(name: str, into: Measurement, *, light: bool = False) -> None:
         into.add(**latency(name, model, pixels, spec, files["w4a4"], Path(folder), into))
 
 
-def trained(model: nn.Module, pixels: Tensor, spec: InputSpec, bits: int) -> QuantizedModel:
-    """Prepared, calibrated, and trained for a few steps on arbitrary labels.
+def trained(model: nn.Module, pixels: Tensor, spec: InputSpec, bits: int, *, steps: int) -> QuantizedModel:
+    """Prepared, calibrated, and trained for `steps` steps on arbitrary labels.
 
     Steps are relative, for networks without BatchNorm: with random weights their activations and gradients may be of
     any size, and no one learning rate would suit them.
@@ -117,7 +119,7 @@ def trained(model: nn.Module, pixels: Tensor, spec: InputSpec, bits: int) -> Qua
     mecdeploy.calibrate(quantized, pixels.split(8))
     quantized.train()
     torch.manual_seed(SEED)
-    for step in range(TRAINING_STEPS):
+    for step in range(steps):
         batch = pixels[8 * step : 8 * step + 8]
         torch.nn.functional.cross_entropy(quantized(batch), torch.arange(len(batch)) % CLASSES).backward()
         with torch.no_grad():

@@ -94,6 +94,9 @@ def unquantised(result: Result) -> str:
     light = [name for name, row in rows.items() if row["light"]]
     if light:
         lines.append(f"\nIn the light pass, W4A4 alone and no baselines: {', '.join(light)}.\n")
+    untrained = [name for name, row in rows.items() if row["steps"] == 0]
+    if untrained:
+        lines.append(f"\nWithout a training step, for its memory: {', '.join(untrained)}.\n")
     return "".join(lines)
 
 
