@@ -4,7 +4,7 @@
     deployed.py      the arithmetic of onnxruntime's integer kernels, differentiable
     units.py         quantised units: one unit is one integer kernel at run time;  movement.py: those that round nothing
     tracing.py       float module -> flat graph of PyTorch's operators, by torch.export (exporting.py)
-    planning.py      flat graph -> plans of units (plans.py), by the rules in operators.py;  islands.py: what stays float
+    planning.py      flat graph -> plans of units (plans.py), by the rules in operators.py;  islands.py: the rest
     widths.py        at which width every value is stored and read;  normalization.py: the image's, folded
     preparation.py   float model -> QuantizedModel (model.py);  calibration.py: its first step sizes
     coding.py        coding rates;  mec.py: the maximum-entropy-coding objective made of them
