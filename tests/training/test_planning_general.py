@@ -147,7 +147,7 @@ def test_a_concat_of_concats_shares_one_quantisation() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         a = m.conv(x)
         b = F.relu(m.b(torch.cat([a, a], 1)))
-        c = F.relu6(m.c(torch.cat([a, b], 1)))
+        c = F.relu(m.c(torch.cat([a, b], 1)))
         return m.fc(torch.cat([F.max_pool2d(torch.cat([a, b], 1), 8), F.max_pool2d(c, 8)], 1).flatten(1))
 
     plans = plans_of(forward, b=conv(inputs=8), c=conv(inputs=8), fc=nn.Linear(12, 5))
