@@ -114,14 +114,16 @@ def trained(model: nn.Module, pixels: Tensor, spec: InputSpec, bits: int, *, ste
     import torch
 
     import mecdeploy
+    from benchmarks.networks import BATCH
 
     quantized = mecdeploy.prepare(model, mecdeploy.QuantConfig(weight_bits=bits, act_bits=bits), spec)
-    mecdeploy.calibrate(quantized, pixels.split(8))
+    mecdeploy.calibrate(quantized, (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH)))
     quantized.train()
     torch.manual_seed(SEED)
     for step in range(steps):
-        batch = pixels[8 * step : 8 * step + 8]
-        torch.nn.functional.cross_entropy(quantized(batch), torch.arange(len(batch)) % CLASSES).backward()
+        batch = pixels[BATCH * step : BATCH * (step + 1)]
+        loss = torch.nn.functional.cross_entropy(quantized(batch), torch.arange(len(batch)) % CLASSES)
+        torch.autograd.backward(loss)
         with torch.no_grad():
             for parameter in quantized.parameters():
                 if parameter.grad is not None:

@@ -61,8 +61,18 @@ def islands(result: Result) -> str:
 
 def costs(result: Result) -> str:
     """Sizes, latency of W4A4, and what its export took."""
-    head = ("network", "parameters, M", "fp32, MB", "W8A8", "W4A4", "W2A2", "W4A4 of fp32 time", "of static int8 time")
-    head = (*head, "export, s", "memory, of fp32 weights")
+    head = (
+        "network",
+        "parameters, M",
+        "fp32, MB",
+        "W8A8",
+        "W4A4",
+        "W2A2",
+        "W4A4 of fp32 time",
+        "of static int8 time",
+        "export, s",
+        "memory, of fp32 weights",
+    )
     rows = []
     for name, row in done(result).items():
         sizes = (f"{row[width]['file_bytes'] / 1e6:.2f}" if width in row else "" for width in WIDTHS)
