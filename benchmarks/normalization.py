@@ -3,10 +3,9 @@
     python -m benchmarks.normalization --data imagefolder:PATH --out runs/normalization
 
 A network is trained on images normalised channel by channel, with the statistics that torchvision's ImageNet weights
-ask for, and a second one with one mean and standard deviation for all channels, from the same seed. Folding is exact
-but where the first convolution reaches into the padding (training/normalization.py says why). Measured on the test
-images: the float network; the float network as folded, nothing else changed; quantised at 8 and at 4 bits by
-calibration alone; and after QAT at 4 bits.
+ask for. Folding is exact but where the first convolution reaches into the padding (training/normalization.py says why).
+Measured on the test images: the float network; the float network as folded, nothing else changed; quantised at 8 and at
+4 bits by calibration alone; and after QAT at 4 bits.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "normalization.json"
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of torchvision's ImageNet weights, for pixels of 0..1."""
 
 
-def measure(arguments: argparse.Namespace, name: str, normalization: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies of one network, by stage."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Accuracies by stage."""
     import mecdeploy
     from mecdeploy.training.data import load_dataset
     from mecdeploy.training.run import load_run
@@ -30,18 +30,19 @@ def measure(arguments: argparse.Namespace, name: str, normalization: dict[str, A
         method="lsq",
         seed=arguments.seed,
         data=mecdeploy.DataConfig(name=arguments.data),
-        model=mecdeploy.ModelConfig(name="resnet8", **normalization),
+        model=mecdeploy.ModelConfig(name="resnet8", mean=MEAN, std=STD),
         quant=mecdeploy.QuantConfig(weight_bits=4, act_bits=4),
         schedule=mecdeploy.ScheduleConfig(fp_epochs=arguments.fp_epochs, epochs=arguments.epochs, frozen_epochs=1),
     )
-    folder = arguments.out / name
+    folder = arguments.out
     result = mecdeploy.train(config, folder, resume=(folder / "run.toml").exists(), report=_report)
     mecdeploy.export(folder)
     parity = mecdeploy.check(folder)
     run = load_run(folder)
     dataset = load_dataset(config.data, seed=config.seed)
     calibration = next(iter(dataset.train.batches(512, seed=0))).images[0]
-    found = {
+    return {
+        "images": len(dataset.validation),
         "float": result.accuracy_fp32,
         "float_folded": _folded_accuracy(run, dataset),
         "calibrated_w8a8": _calibrated_accuracy(run, dataset, calibration, 8),
@@ -51,8 +52,6 @@ def measure(arguments: argparse.Namespace, name: str, normalization: dict[str, A
         "integers_compared": parity.integers_compared,
         "integers_different": parity.integers_different,
     }
-    print(name, json.dumps(found), flush=True)
-    return found
 
 
 def _folded_accuracy(run: Any, dataset: Any) -> float:
@@ -68,8 +67,6 @@ def _folded_accuracy(run: Any, dataset: Any) -> float:
     from mecdeploy.training.plans import Layer
 
     spec: InputSpec = run.spec
-    if not spec.mean:
-        return _accuracy(run.float_model, spec.normalize, dataset)
     model = copy.deepcopy(run.float_model)
     first = model.conv1
     geometry = Geometry(stride=pair(first.stride), padding=sides(first.padding))
@@ -113,30 +110,28 @@ def _report(event: Any) -> None:
 
 
 def main() -> None:
-    """Train both networks, or go on with them, and write the result file."""
+    """Train, or go on, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="imagefolder:PATH")
     parser.add_argument("--data-name", default="CIFAR-10 (JPEG)", help="how the tables call it")
     parser.add_argument("--fp-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=3, help="of quantisation-aware training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/normalization"))
+    parser.add_argument("--out", type=Path, default=Path("runs/normalization"), help="folder of the run")
     arguments = parser.parse_args()
     import torch
 
     from benchmarks.environment import describe_environment
 
-    networks = {
-        "per_channel": measure(arguments, "per-channel", dict(IMAGENET)),
-        "one_for_all": measure(arguments, "one-for-all", {}),
-    }
+    accuracies = measure(arguments)
     result = {
         "environment": describe_environment(seed=arguments.seed, threads=torch.get_num_threads()),
         "data": arguments.data_name,
         "model": "resnet8",
         "fp_epochs": arguments.fp_epochs,
         "epochs": arguments.epochs,
-        "networks": networks,
+        "images": accuracies.pop("images"),
+        "accuracies": accuracies,
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 

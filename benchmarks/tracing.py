@@ -2,9 +2,9 @@
 
     pip install timm && python -m benchmarks.tracing
 
-Networks live on the meta device (no weights are made), in evaluation mode; torch.export gets a free batch size, which
-torch.fx always leaves. torchvision: every classifier. timm: the smallest-named network of every module of timm.models.
-A network that cannot be made on the meta device counts for neither.
+The shortest-named classifier of every module of torchvision.models and timm.models, on the meta device (no weights are
+made), in evaluation mode; torch.export gets a free batch size, which torch.fx always leaves. A network that cannot be
+made on the meta device counts for neither.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ def networks() -> list[tuple[str, str, Callable[[], Any], int]]:
     import torchvision.models as zoo
 
     found: list[tuple[str, str, Callable[[], Any], int]] = []
-    for name in zoo.list_models(module=zoo):
+    for name in _one_of_each_module(zoo.list_models(module=zoo), zoo.get_model_builder):
         extra = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
         found.append(("torchvision", name, lambda n=name, e=extra: zoo.get_model(n, weights=None, **e), 299))
-    smallest: dict[str, str] = {}
-    for name in sorted(timm.list_models(), key=lambda name: (len(name), name)):
-        smallest.setdefault(timm.model_entrypoint(name).__module__, name)
-    for name in sorted(smallest.values()):
+    for name in _one_of_each_module(timm.list_models(), timm.model_entrypoint):
         found.append(("timm", name, lambda n=name: timm.create_model(n, pretrained=False), 0))
     return found
+
+
+def _one_of_each_module(names: list[str], builder: Callable[[str], Any]) -> list[str]:
+    shortest: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        shortest.setdefault(builder(name).__module__, name)
+    return sorted(shortest.values())
 
 
 def trace_both(make: Callable[[], Any], side: int) -> dict[str, Any] | None:
