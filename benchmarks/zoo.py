@@ -1,9 +1,9 @@
 """Every classifier of torchvision, from random weights to a checked ONNX file: `python -m benchmarks.zoo --resume`.
 
 Each in a process of its own with a limit of time and memory (benchmarks/zoo_network.py says what is measured), one of
-every family first, then by size. Images are small, 64 pixels where the network takes them, so that all of it fits on
-two cores: kernels, islands and exactness do not depend on the size of the images, the times do. The result file is
-written after every network; --resume measures those it lacks.
+every family first, then by size. Images are small, mostly 64 pixels, so that all of it fits on two cores: kernels,
+islands and exactness are those of larger images, the times are not. The result file is written after every network;
+--resume measures those it lacks.
 """
 
 from __future__ import annotations
