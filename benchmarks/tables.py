@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, docs/models.md and README.md, written from the result files between their markers.
+"""The tables of the documents, written from the result files between their markers.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    exit 1 if a document says something else than the results
@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import zoo_tables
+from benchmarks import design_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("docs/benchmarks.md", "docs/models.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/decisions.md", "docs/models.md", "README.md")
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
 
@@ -154,6 +154,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo-islands": ("zoo", zoo_tables.islands),
     "zoo-costs": ("zoo", zoo_tables.costs),
     "export-large": ("export_cost", zoo_tables.export_targets),
+    "swish": ("swish", design_tables.swish),
+    "normalization": ("normalization", design_tables.normalization),
 }
 
 
