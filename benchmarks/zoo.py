@@ -68,6 +68,7 @@ def run_apart(name: str, *, light: bool, seconds: float, gigabytes: float) -> Ro
     if died:
         row.setdefault("error", f"{stage}: {died}")
         row.setdefault("traced", False)
+        row["error"] += f" (limits: {gigabytes:g} GB, {seconds:.0f} s)"
     return row
 
 
