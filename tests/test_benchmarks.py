@@ -32,16 +32,16 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{name}")
 
 
-@pytest.mark.parametrize("document", ["docs/benchmarks.md", "docs/models.md", "README.md"])
-def test_documents_show_the_committed_results(document: str) -> None:
+def test_documents_show_the_committed_results() -> None:
     tables = load("tables")
-    text = (ROOT / document).read_text(encoding="utf-8")
-    assert tables.fill(text, tables.write_table) == text, "run python -m benchmarks.tables"
+    for document in tables.DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert tables.fill(text, tables.write_table) == text, f"{document}: run python -m benchmarks.tables"
 
 
-def test_every_table_is_shown_on_one_page_of_the_documents() -> None:
+def test_every_table_is_shown_on_one_page_beside_the_readme() -> None:
     tables = load("tables")
-    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("docs/benchmarks.md", "docs/models.md")]
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in tables.DOCUMENTS if page != "README.md"]
     shown = [match["name"] for page in pages for match in tables.MARKED.finditer(page)]
     assert sorted(shown) == sorted(tables.TABLES)
 
@@ -81,9 +81,10 @@ def test_committed_zoo_is_every_classifier_and_no_integer_differs() -> None:
             found = row[width]
             assert found["passed"] and found["integers_different"] == 0 and found["integers_compared"] > 10_000, name
             assert found["float_products"] == 0 and found["integer_products"] > 0, name
-            transformer = row["family"] in ("convnext", "maxvit", "swin_transformer", "vision_transformer")
-            assert (found["islands"] > 0) is transformer, name
-            assert (found["float_operators"] != {}) is transformer, name
+            floating = row["family"] in ("convnext", "maxvit", "swin_transformer", "vision_transformer")
+            floating |= row["family"] == "vgg" and row["side"] == 64  # 2x2 positions pooled to 7x7
+            assert (found["islands"] > 0) is floating, name
+            assert (found["float_operators"] != {}) is floating, name
     assert result["environment"]["threads"] == 1
 
 
