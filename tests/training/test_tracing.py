@@ -190,7 +190,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "a fixed batch": (Fixed(), r"Fixed cannot be traced.*: its forward fixes the batch size\. Take it from the input"),
     "an error of its own": (
         Failing(),
-        r"Failing cannot be traced at .*test_tracing\.py:\d+ \(`raise NotImplementedError.*`\): NotImplementedError: no",
+        r"Failing cannot be traced at .*test_tracing\.py:\d+ "
+        r"\(`raise NotImplementedError.*`\): NotImplementedError: no",
     ),
     "two inputs": (
         Two(),
