@@ -155,6 +155,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo-costs": ("zoo", zoo_tables.costs),
     "export-large": ("export_cost", zoo_tables.export_targets),
     "swish": ("swish", design_tables.swish),
+    "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),
 }
 
