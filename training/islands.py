@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.plans import Plan, Value
-from mecdeploy.training.tracing import Trace, is_size, operator_name, place_of
+from mecdeploy.training.tracing import Trace, is_size, operator_name, place_of, shape_of
 
 if TYPE_CHECKING:
     from mecdeploy.training.planning import Planner
@@ -102,7 +102,7 @@ class _Copy:
 
     def module(self, outputs: list[fx.Node]) -> tuple[fx.GraphModule, list[Value]]:
         """The graph as a module, and the values that its arguments stand for."""
-        if any(_needs_sizes(node) for node in self.nodes):
+        if any(_needs_sizes(self.planner, node) for node in self.nodes):
             pixels = self.planner.values[self.planner.trace.pixels]
             first = next(iter(self.graph.nodes), None)
             with self.graph.inserting_before(first) if first is not None else self.graph.inserting_after():
@@ -143,8 +143,18 @@ class _Copy:
             copied = self.graph.node_copy(node, lambda source: self.made[source])
             copied.target = _out_of_place(node)
             copied.meta = {}
-            self.made[node] = copied
+            one_head = operator_name(node) == "scaled_dot_product_attention" and len(shape_of(node)) == 3
+            self.made[node] = self._in_four_dimensions(node, copied) if one_head else copied
         return self.made[node]
+
+    def _in_four_dimensions(self, node: fx.Node, copied: fx.Node) -> fx.Node:
+        """Attention without an axis of heads, given one: torch.onnx writes no other."""
+        for source in node.all_input_nodes:
+            if len(shape_of(source)) == 3:
+                with self.graph.inserting_before(copied):
+                    one = self.graph.call_function(torch.ops.aten.unsqueeze.default, (self.made[source], 1))
+                copied.replace_input_with(self.made[source], one)
+        return self.graph.call_function(torch.ops.aten.squeeze.dim, (copied, 1))
 
     def _constant(self, node: fx.Node) -> fx.Node:
         trace: Trace = self.planner.trace
@@ -167,16 +177,13 @@ class _SizeOf:
         self.of = of
 
 
-def _needs_sizes(node: fx.Node) -> bool:
+def _needs_sizes(planner: Planner, node: fx.Node) -> bool:
+    """Whether a node, or one that is copied along with it, reads the number of images."""
+    computed = [source for source in node.all_input_nodes if source.op == "call_function"]
     return any(
-        (source.op == "call_function" and is_size(source)) or (source.op == "call_function" and _needs_sizes_of(source))
-        for source in node.all_input_nodes
+        is_size(source) or (_reads_nothing_itself(planner, source) and _needs_sizes(planner, source))
+        for source in computed
     )
-
-
-def _needs_sizes_of(node: fx.Node) -> bool:
-    """Whether a node that is copied along reads a size."""
-    return operator_name(node) in ("expand", "full", "zeros", "ones", "repeat", "arange") and _needs_sizes(node)
 
 
 def _out_of_place(node: fx.Node) -> Any:

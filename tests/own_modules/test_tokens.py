@@ -87,3 +87,24 @@ def test_an_encoder_layer(tmp_path: Path) -> None:
     model = travel(VisionTransformer(batch_first=True, encoder=True), tmp_path)
     attention = {"layer.self_attn.in_proj", "layer.self_attn.out_proj"}
     assert linear_layers(model) == {"patches", *attention, "layer.linear1", "layer.linear2", "head"}
+
+
+class SingleHead(nn.Module):
+    """Attention without an axis of heads, and a class token that a sum changes before it meets the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8))
+        self.query, self.key, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1) * 2 + 1, tokens], 1)
+        attended = nn.functional.scaled_dot_product_attention(self.query(tokens), self.key(tokens), tokens)
+        return self.head((tokens + attended).mean(1))
+
+
+def test_attention_without_heads(tmp_path: Path) -> None:
+    model = travel(SingleHead(), tmp_path)
+    assert linear_layers(model) == {"patches", "query", "key", "head"}
+    assert "scaled_dot_product_attention" in operators_in_float(model)
