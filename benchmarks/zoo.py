@@ -87,11 +87,15 @@ def write(path: Path, result: dict[str, Any]) -> None:
     fresh.replace(path)
 
 
+def _is_done(row: Row | None, *, light: bool) -> bool:
+    return row is not None and "error" not in row and (light or not row.get("light"))
+
+
 def main() -> None:
     """Measure, and write the result file after every network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="these only, in this order")
-    parser.add_argument("--resume", action="store_true", help="skip networks whose row has no error")
+    parser.add_argument("--resume", action="store_true", help="skip networks whose row is complete (with --light: has no error)")
     parser.add_argument("--light", action="store_true", help="W4A4 alone, and no baselines: a third of the time")
     parser.add_argument("--seconds", type=float, default=900, help="limit for one network")
     parser.add_argument("--gigabytes", type=float, default=12.0, help="limit for one network")
@@ -104,7 +108,7 @@ def main() -> None:
     for name in arguments.models or networks:
         result = read(arguments.result)
         known = result["networks"]
-        if arguments.resume and name in known and "error" not in known[name]:
+        if arguments.resume and _is_done(known.get(name), light=arguments.light):
             continue
         row = run_apart(name, light=arguments.light, seconds=arguments.seconds, gigabytes=arguments.gigabytes)
         environment = describe_environment(seed=SEED, threads=1)
