@@ -95,7 +95,7 @@ def main() -> None:
     """Measure, and write the result file after every network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="these only, in this order")
-    parser.add_argument("--resume", action="store_true", help="skip networks whose row is complete (with --light: has no error)")
+    parser.add_argument("--resume", action="store_true", help="skip what is measured as asked")
     parser.add_argument("--light", action="store_true", help="W4A4 alone, and no baselines: a third of the time")
     parser.add_argument("--seconds", type=float, default=900, help="limit for one network")
     parser.add_argument("--gigabytes", type=float, default=12.0, help="limit for one network")
