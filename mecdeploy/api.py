@@ -89,7 +89,15 @@ def train(
             if report is not None:
                 report(event)
 
-        return run_stages(config, dataset, path, resume=resume, report=record)
+        return run_stages(config, dataset, path, resume=resume, report=record, accept=_require_exportable)
+
+
+def _require_exportable(model: QuantizedModel) -> None:
+    """Refuse what torch.onnx cannot write, with an ExportError, while no time has been spent on training it."""
+    if model.islands():
+        from mecdeploy.export import lower
+
+        lower(model)
 
 
 def sensitivity(

@@ -17,6 +17,7 @@ from mecdeploy.training.device import choose_device, reproducible
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import EpochEvent, Event
 from mecdeploy.training.interrupt import Interrupts
+from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.session import Session
 from mecdeploy.training.state import State
@@ -44,11 +45,13 @@ def train(
     *,
     resume: bool = False,
     report: Callable[[Event], None] | None = None,
+    accept: Callable[[QuantizedModel], None] | None = None,
 ) -> TrainResult:
     """Run every stage that the config asks for; leaves checkpoints and at last checkpoint-final.safetensors in `out`.
 
     resume: go on from the furthest readable checkpoint in `out`, from the beginning where there is none yet; a finished
     run is returned as it is. report: gets each event, between steps; it may raise KeyboardInterrupt to stop the run.
+    accept: gets the network as it is going to be quantised, before anything is trained, and may refuse it by raising.
     Raises TrainingInterrupted after Ctrl-C, and TrainingError for: a device that is absent, an `out` that cannot be
     written or (without resume) holds a run, a resume under another config or other data, weights that do not fit,
     a loss that is not finite, too few images.
@@ -66,7 +69,7 @@ def train(
         return finished_run(out)
     tell = report or (lambda event: None)
     with reproducible(device), Interrupts() as interrupts:
-        session = Session(State(config, dataset, device), folder, tell, interrupts)
+        session = Session(State(config, dataset, device, accept), folder, tell, interrupts)
         position, checkpoint, complaints = folder.load_newest() if resume else (None, None, [])
         if checkpoint is not None and position is not None:
             complaints += session.restore(checkpoint, position)

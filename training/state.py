@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,13 @@ class State:
     float_model: the full-precision network, unchanged after stage fp32. model: the quantised one, once there is one.
     """
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        accept: Callable[[QuantizedModel], None] | None = None,
+    ) -> None:
         self.config, self.dataset, self.device = config, dataset, device
         self.spec = _normalization(config, dataset)
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -79,7 +85,9 @@ class State:
         self.accuracy_fp32: float | None = None
         self._begin_float()
         if config.method != "fp32":
-            self._prepared()  # what cannot be quantised is refused before it is trained, not after
+            model = self._prepared()  # what cannot be quantised is refused before it is trained, not after
+            if accept is not None:
+                accept(model.cpu())
 
     def load_weights(self) -> list[str]:
         """Start from config.weights instead of random ones, with their normalisation unless the config has one.

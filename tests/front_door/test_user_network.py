@@ -64,3 +64,27 @@ def test_networks_and_weights_that_are_refused(
     monkeypatch.chdir(tmp_path)
     assert words in call("train", *arguments, *TINY).error
     assert os.listdir(tmp_path) == []
+
+
+UNWRITABLE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(torch.special.bessel_j0(self.conv(x).mean((2, 3))))
+"""
+
+
+def test_what_onnx_cannot_write_is_refused_before_it_is_trained(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(UNWRITABLE)
+    error = call("train", "--model", "net.py:Net", "--out", "run", *TINY).error
+    assert "special_bessel_j0: torch.onnx cannot write this island" in error
+    assert not Path("run").exists()
