@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mecdeploy.training.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch a process gets: the index-th of `count` equal runs of its images.
+
+    The batch as a whole, its order and its augmentation do not depend on how many share it.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def bounds(self, size: int) -> tuple[int, int]:
+        """First and end of this share in a batch of `size` images; sizes of shares are within one image."""
+        return self.index * size // self.count, (self.index + 1) * size // self.count
+
+
+WHOLE = Share()
 
 
 def epoch_order(count: int, seed: int | None, epoch: int) -> Tensor:
