@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mecdeploy.training.data.memory import MemorySource
+from mecdeploy.training.data.order import Share
 from mecdeploy.training.data.source import Batch, ImageSource
 from mecdeploy.training.data.statistics import pixel_statistics
 from mecdeploy.training.errors import TrainingError
@@ -102,6 +103,24 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch_bit_for_bit(options:
         _, fresh = source()
         assert same(fresh.batches(12, seed=7, epoch=5, start_step=step, **options), whole[step:])
     assert list(images.batches(12, seed=7, epoch=5, start_step=len(whole), **options)) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 1}, {"seed": 1, "augment": True, "views": 2, "start_step": 1}])
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_shares_of_a_batch_put_together_are_the_batch(options: dict[str, int], count: int) -> None:
+    _, images = source()
+    whole = list(images.batches(12, **options))
+    shares = [list(images.batches(12, share=Share(index, count), **options)) for index in range(count)]
+    joined = [
+        Batch(
+            tuple(torch.cat(views) for views in zip(*(part.images for part in parts), strict=True)),
+            torch.cat([part.labels for part in parts]),
+        )
+        for parts in zip(*shares, strict=True)
+    ]
+    assert same(joined, whole)
+    if count == 3:  # the last batch has two images
+        assert sorted(len(share[-1].labels) for share in shares) == [0, 1, 1]
 
 
 def test_seed_and_epoch_decide_and_nothing_else() -> None:

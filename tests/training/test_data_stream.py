@@ -17,6 +17,7 @@ from PIL import Image
 
 from mecdeploy.training.data import decode_image
 from mecdeploy.training.data.decode import UnreadableImage
+from mecdeploy.training.data.order import Share
 from mecdeploy.training.data.source import Batch, ImageSource
 from mecdeploy.training.data.stream import StreamSource, _next_batch
 from mecdeploy.training.errors import TrainingError
@@ -94,6 +95,26 @@ def test_starting_in_the_middle_gives_the_rest_of_the_epoch_bit_for_bit(paths: l
         assert same(source(paths).batches(4, start_step=step, **options), whole[step:])
     assert same(source(paths, workers=1).batches(4, start_step=2, **options), whole[2:])
     assert list(source(paths, workers=1).batches(4, start_step=4, **options)) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 1}, {"seed": 1, "augment": True, "views": 2, "start_step": 1}])
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_shares_of_a_batch_put_together_are_the_batch(
+    paths: list[str], options: dict[str, int], count: int
+) -> None:
+    images = source(paths)
+    whole = list(images.batches(4, **options))
+    shares = [list(images.batches(4, share=Share(index, count), **options)) for index in range(count)]
+    joined = [
+        Batch(
+            tuple(torch.cat(views) for views in zip(*(part.images for part in parts), strict=True)),
+            torch.cat([part.labels for part in parts]),
+        )
+        for parts in zip(*shares, strict=True)
+    ]
+    assert same(joined, whole)
+    if count == 3:  # the last batch has two images
+        assert sorted(len(share[-1].labels) for share in shares) == [0, 1, 1]
 
 
 def test_an_augmented_image_depends_on_seed_epoch_and_image_only(paths: list[str]) -> None:

@@ -22,6 +22,10 @@ class Crops:
     lefts: Tensor
     mirrored: Tensor
 
+    def part(self, chosen: slice) -> Crops:
+        """The crops of some of the images."""
+        return Crops(self.tops[chosen], self.lefts[chosen], self.mirrored[chosen])
+
 
 def crop_padding(height: int, width: int) -> int:
     """Zero pixels around an image before it is cropped: an eighth of its shorter side, at most 4 (8x8: 1, 32x32: 4)."""
@@ -53,5 +57,5 @@ def crop_batch(images: Tensor, crops: Crops, padding: int) -> Tensor:
     columns = lefts + torch.where(mirrored, width - 1 - columns, columns)
     # One flat gather: 4 times faster on a CPU than indexing with four broadcast tensors.
     source = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
-    source = source.reshape(count, 1, -1).expand(count, channels, -1)
-    return padded.reshape(count, channels, -1).gather(2, source).reshape(images.shape)
+    source = source.reshape(count, 1, height * width).expand(count, channels, -1)
+    return padded.flatten(2).gather(2, source).reshape(images.shape)

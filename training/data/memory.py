@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mecdeploy.training.data.augment import crop_batch, crop_padding, draw_crops
-from mecdeploy.training.data.order import check_request, epoch_order, step_bounds
+from mecdeploy.training.data.order import WHOLE, Share, check_request, epoch_order, step_bounds
 from mecdeploy.training.data.source import Batch
 
 
@@ -42,19 +42,20 @@ class MemorySource:
         augment: bool = False,
         views: int = 1,
         drop_last: bool = False,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """See ImageSource.batches; augmentation is drawn from (seed, epoch, step)."""
         check_request(batch_size, seed, start_step, augment, views)
         bounds = step_bounds(len(self), batch_size, start_step=start_step, drop_last=drop_last)
         augment_seed = seed if augment else None
-        return self._batches(
-            bounds, epoch_order(len(self), seed, epoch), torch.device(device), augment_seed, epoch, views
-        )
+        order = epoch_order(len(self), seed, epoch)
+        return self._batches(bounds, order, share, torch.device(device), augment_seed, epoch, views)
 
     def _batches(
         self,
         bounds: Iterator[tuple[int, int, int]],
         order: Tensor,
+        share: Share,
         device: torch.device,
         augment_seed: int | None,
         epoch: int,
@@ -63,16 +64,18 @@ class MemorySource:
         images = self._images_near(device)
         padding = crop_padding(*images.shape[2:])
         for step, first, end in bounds:
-            chosen = order[first:end]
+            mine = slice(*share.bounds(end - first))
+            chosen = order[first:end][mine]
             labels = self.labels[chosen].to(device)
             plain = images[chosen.to(images.device)].to(device)
             if augment_seed is None:
                 yield Batch((plain,) * views, labels)
                 continue
+            # Drawn for the whole batch, so that an image's crop does not depend on how many processes share it.
             drawn = draw_crops(
-                len(chosen), views, padding=padding, flip=self._flip, seed=augment_seed, epoch=epoch, step=step
+                end - first, views, padding=padding, flip=self._flip, seed=augment_seed, epoch=epoch, step=step
             )
-            yield Batch(tuple(crop_batch(plain, crops, padding) for crops in drawn), labels)
+            yield Batch(tuple(crop_batch(plain, crops.part(mine), padding) for crops in drawn), labels)
 
     def arrays(self, limit: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """See ImageSource.arrays."""

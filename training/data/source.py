@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mecdeploy.training.data.order import WHOLE, Share
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -52,6 +54,7 @@ class ImageSource(Protocol):
         augment: bool = False,
         views: int = 1,
         drop_last: bool = False,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """The batches of one epoch from step start_step on, with images and labels on the device.
 
@@ -60,6 +63,7 @@ class ImageSource(Protocol):
         (seed, epoch, step) or (seed, epoch, image), on the CPU, so that every device sees the same pixels.
         views: how many independent augmentations of each image; without augment all views are the same tensor.
         drop_last: leave out a last batch smaller than batch_size, unless it is the only one.
+        share: which part of every batch this process gets; it may be empty. The parts put together are the batch.
         Starting at start_step gives exactly the batches that a whole epoch gives from there on.
         ValueError for a batch size, step or number of views that makes no sense; TrainingError for an unreadable image.
         """

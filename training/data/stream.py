@@ -21,7 +21,7 @@ from mecdeploy.training.data.decode import (
     raise_first,
     usable_cores,
 )
-from mecdeploy.training.data.order import check_request, epoch_order, step_bounds
+from mecdeploy.training.data.order import WHOLE, Share, check_request, epoch_order, step_bounds
 from mecdeploy.training.data.source import Batch
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.seeding import derive_seed
@@ -66,12 +66,13 @@ class StreamSource:
         augment: bool = False,
         views: int = 1,
         drop_last: bool = False,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """See ImageSource.batches; augmentation is drawn from (seed, epoch, image)."""
         check_request(batch_size, seed, start_step, augment, views)
         order = epoch_order(len(self), seed, epoch)
         bounds = step_bounds(len(self), batch_size, start_step=start_step, drop_last=drop_last)
-        requests = [order[first:end].tolist() for _, first, end in bounds]
+        requests = [order[first:end][slice(*share.bounds(end - first))].tolist() for _, first, end in bounds]
         recipe = _Recipe(self.paths, self._shape, self._flip, seed if augment else None, epoch, views if augment else 1)
         return self._batches(requests, recipe, torch.device(device), views)
 
