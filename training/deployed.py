@@ -7,20 +7,26 @@ exactly what is deployed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, round_through
+from mecdeploy.training import quantizers
+from mecdeploy.training.fused import look_up
+from mecdeploy.training.lsq import round_through
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
 
 if TYPE_CHECKING:
     from mecdeploy.training.geometry import Geometry
 
 EXACT_FLOAT32 = 2**24
 """Integers below this are exact in float32."""
+
+LARGEST_WEIGHT = 2**7
+"""No weight code, at most 8 bits wide, is larger."""
 
 LARGEST_BIAS = 2**30
 """Bias codes stay below this, so that an int32 accumulator has room for the products."""
@@ -74,20 +80,25 @@ def bias_codes(bias: Tensor, product_scale: Tensor) -> Tensor:
 
 
 def accumulate(x: QTensor, weight: Tensor, bias: Tensor, geometry: Geometry | None) -> Tensor:
-    """The int32 accumulator of a convolution, or of a Gemm where geometry is None: float holding exact integers.
+    """The int32 accumulator of a convolution, or of a Gemm where geometry is None, rounded to float32 once.
 
-    x.codes: [N, C, H, W], or [N, ..., I]; weight: [O, ...] codes; bias: [O] codes.
-    Products are summed in float32 where no partial sum can reach 2^24, else in float64. Where only the bias is too long
-    for float32, as a dead channel's is, it is added in float64 afterwards: a float64 convolution takes 3 times as long.
+    x.codes: [N, C, H, W], or [N, ..., I]; weight: [O, ...] codes; bias: [O] codes, float32.
+    Products are summed in float32 where no partial sum can reach 2^24, else in float64. The bias comes last: products
+    and bias are then exact floats, and their sum is rounded once, as the kernel rounds its int32.
     """
-    largest = max(-x.lower, x.upper)
-    products = weight.detach().abs().flatten(1).sum(1) * largest
-    longest_sum, longest = torch.stack([products.max(), (products + bias.detach().abs()).max()]).tolist()
-    exact = torch.float32 if longest_sum < EXACT_FLOAT32 else torch.float64
-    late_bias = exact == torch.float32 and not longest < EXACT_FLOAT32
-    codes, weight, early = x.codes.to(exact), weight.to(exact), None if late_bias else bias.to(exact)
-    result = F.linear(codes, weight, early) if geometry is None else convolve(codes, weight, early, geometry)
-    return result.double() + per_channel(bias.double(), geometry) if late_bias else result
+    exact = _exact_type(weight, max(-x.lower, x.upper))
+    codes, weight = x.codes.to(exact), weight.to(exact)
+    result = F.linear(codes, weight) if geometry is None else convolve(codes, weight, None, geometry)
+    return result.add_(per_channel(bias.to(exact), geometry)).float()
+
+
+def _exact_type(weight: Tensor, largest: int) -> torch.dtype:
+    """The float type in which products with codes up to `largest` add up exactly."""
+    fan_in = weight[0].numel()
+    if fan_in * LARGEST_WEIGHT * largest < EXACT_FLOAT32:  # whatever the weights: nothing has to be read
+        return torch.float32
+    longest = weight.detach().abs().flatten(1).sum(1).max() * largest
+    return torch.float32 if float(longest) < EXACT_FLOAT32 else torch.float64
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -109,20 +120,35 @@ def requantize(accumulator: Tensor, product_scale: Tensor, output: ActivationQua
     accumulator: [N, O, H, W] or [N, ..., O]; product_scale: f32(s_x * s_w), as `per_channel` shapes it.
     """
     step = output.effective_step(accumulator[0].numel())
-    return output.from_ratio(accumulator.float() * (product_scale / step), step)
+    return output.from_product(accumulator.float(), product_scale / step, step)
 
 
-def add(a: QTensor, b: QTensor, output: ActivationQuantizer) -> QTensor:
+def add(a: QTensor, b: QTensor, outputs: Sequence[ActivationQuantizer]) -> tuple[QTensor, ...]:
     """QLinearAdd: clamp(round(fma(a, ra, fma(b, rb, zc)))) on stored codes, ra = sa/sy, zc = zy - (ra*za + rb*zb).
+
+    Once for each output. Two bytes have 65,536 sums: they are computed once, and looked up.
+    """
+    tables = [_add_table(a, b, output) for output in outputs]
+
+    def answers(codes_a: Tensor, codes_b: Tensor) -> tuple[Tensor, ...]:
+        index = torch.add(codes_b, codes_a, alpha=256).add_(256 * a.zero_point + b.zero_point).to(torch.int32)
+        return tuple(look_up(table, index) for table in tables)
+
+    return quantizers.add(a, b, outputs, answers)
+
+
+@torch.no_grad()
+def _add_table(a: QTensor, b: QTensor, output: ActivationQuantizer) -> Tensor:
+    """Centred codes of all sums, float32 [256 * 256], by stored code of a, then of b.
 
     A fused multiply-add rounds once: here the product is exact in float64 and the sum is rounded to float32.
     """
-    step = output.effective_step(a.codes[0].numel())
+    step, zero_point = output.effective_step(), output.zero_point
     ratio_a, ratio_b = a.scale / step, b.scale / step
-    zero_point = output.zero_point
+    stored = torch.arange(256, dtype=a.scale.dtype, device=a.scale.device)
     fixed = zero_point - _fma(ratio_a, a.zero_point, ratio_b * b.zero_point)
-    total = _fma(a.codes + a.zero_point, ratio_a, _fma(b.codes + b.zero_point, ratio_b, fixed))
-    return output.from_stored(total, step)
+    total = _fma(stored[:, None], ratio_a, _fma(stored, ratio_b, fixed))
+    return total.round().clamp_(output.qmin, output.qmax).flatten() - zero_point
 
 
 def multiply(a: QTensor, b: QTensor, output: ActivationQuantizer) -> QTensor:
@@ -147,7 +173,7 @@ def hard_sigmoid(x: QTensor, output: ActivationQuantizer) -> QTensor:
     """clip(x / 6 + 1 / 2, 0, 1) as QLinearAdd: x read at f32(s_x / 6), plus the code 1 of a constant at scale 1/2."""
     sixth = QTensor(x.codes, x.scale / 6, x.zero_point, x.qmax, x.qmin)
     one = torch.ones((), dtype=x.codes.dtype, device=x.codes.device)
-    return add(sixth, QTensor(one, torch.full_like(x.scale, 0.5), 0, 1), output)
+    return add(sixth, QTensor(one, torch.full_like(x.scale, 0.5), 0, 1), [output])[0]
 
 
 def leaky_relu(x: QTensor, output: ActivationQuantizer, alpha: float) -> QTensor:
@@ -197,7 +223,7 @@ def global_average(x: QTensor, output: ActivationQuantizer) -> QTensor:
     step = output.effective_step(x.codes.shape[1])
     count = x.codes.shape[2] * x.codes.shape[3]
     total = x.codes.sum((2, 3), keepdim=True, dtype=torch.float64).float()
-    return output.from_ratio(total * (x.scale / (step * count)), step)
+    return output.from_product(total, x.scale / (step * count), step)
 
 
 def _through_table(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mecdeploy.training.config import CODED_TENSORS, QuantConfig
+from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.movement import DropoutUnit, FloatUnit
@@ -45,9 +45,20 @@ class QuantizedModel(nn.Module):
             _attach(self.body, name, unit)
         self._last_read = {value: index for index, step in enumerate(program) for value in step.reads}
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] to logits float32 [N, classes]."""
-        return self.run(self.quantize(pixels))
+    @overload
+    def forward(self, pixels: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, pixels: Tensor, code: Collection[str]) -> tuple[Tensor, Recording]: ...
+
+    def forward(self, pixels: Tensor, code: Collection[str] = ()) -> Tensor | tuple[Tensor, Recording]:
+        """uint8 [N, C, H, W] to logits float32 [N, classes].
+
+        code: which of features, activations and weights (CODED_TENSORS) to return beside the logits, attached to the
+        autograd graph; each costs a pass over its tensors.
+        """
+        x = self.quantize(pixels)
+        return self._recorded(x, code) if code else self.run(x)
 
     def quantize(self, pixels: Tensor) -> QTensor:
         """Raw pixels, uint8 [N, C, H, W], as the program reads them. Raises TrainingError for any other dtype."""
@@ -116,27 +127,26 @@ class QuantizedModel(nn.Module):
         found = [module.step for module in self.modules() if isinstance(module, ActivationQuantizer | WeightQuantizer)]
         return list(dict.fromkeys(found))
 
-    @contextmanager
-    def record(self, code: Collection[str] = CODED_TENSORS) -> Iterator[Recording]:
-        """Collect what forwards inside produce, attached to the autograd graph.
-
-        code: which of features, activations and weights; each costs a pass over its tensors.
-        """
-        recording = Recording()
-        handles = []
+    def _recorded(self, x: QTensor, code: Collection[str]) -> tuple[Tensor, Recording]:
+        recording, logits = Recording(), None
         last = self.last_layer() if "features" in code else ""
-        for name, unit in self.units().items():
-            if name == last:
-                handles.append(unit.register_forward_hook(_keep_features(recording)))
-            if "activations" in code:
-                handles.append(unit.register_forward_hook(_keep_outputs(recording)))
-            if isinstance(unit, WeightedUnit) and "weights" in code:
-                handles.append(unit.weight_quantizer.register_forward_hook(_keep_weights(recording, name)))
-        try:
-            yield recording
-        finally:
-            for handle in handles:
-                handle.remove()
+        coded = next((step.reads[0] for step in self.program if step.unit == last), "")
+        for _, name, value in chain([(None, PIXELS, x)], self.values(x)):
+            if name == LOGITS:
+                logits = value
+            elif "activations" in code and isinstance(value, QTensor) and name != PIXELS:
+                recording.activations[name] = value.dequantize()
+            if name == coded:
+                features = value.dequantize() if isinstance(value, QTensor) else value
+                # A convolution may be the last layer (its features are pooled), or a layer over tokens.
+                recording.features = features.flatten(2).mean(2) if features.dim() == 4 else features
+        if "weights" in code:
+            for name, unit in self.units().items():
+                if isinstance(unit, WeightedUnit):
+                    codes, step = unit.weight_quantizer(unit.weight)
+                    recording.weights[name] = codes.flatten(1) * step.view(-1, 1)
+        assert isinstance(logits, Tensor)
+        return logits, recording
 
     @torch.no_grad()
     def integers(
@@ -161,33 +171,6 @@ class QuantizedModel(nn.Module):
             }
         finally:
             self.train(was_training)
-
-
-def _keep_features(recording: Recording) -> Any:
-    def hook(_: Unit, inputs: tuple[Any, ...], __: Any) -> None:
-        features = inputs[0].dequantize() if isinstance(inputs[0], QTensor) else inputs[0]
-        # A convolution may be the last layer (its features are pooled), or a layer over tokens.
-        recording.features = features.flatten(2).mean(2) if features.dim() == 4 else features
-
-    return hook
-
-
-def _keep_outputs(recording: Recording) -> Any:
-    def hook(unit: Unit, _: Any, result: Any) -> None:
-        results = result if isinstance(result, tuple) else (result,)
-        for name, value in zip(unit.output_names, results, strict=True):
-            if isinstance(value, QTensor):
-                recording.activations[name] = value.dequantize()
-
-    return hook
-
-
-def _keep_weights(recording: Recording, name: str) -> Any:
-    def hook(_: nn.Module, __: Any, result: tuple[Tensor, Tensor]) -> None:
-        codes, step = result
-        recording.weights[name] = codes.flatten(1) * step.view(-1, 1)
-
-    return hook
 
 
 def _attach(root: nn.Module, path: str, unit: Unit) -> None:

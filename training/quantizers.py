@@ -1,17 +1,15 @@
-"""Learned step size quantisation (LSQ): pure functions, and the two modules that hold a step size.
-
-Everything works on *codes*, the integers that run: `real = codes * step`. Passing codes and step separately lets the
-gradient of the step assemble itself from the two places where a step acts, and lets a convolution run on integers.
-"""
+"""A quantised activation, and the two modules that hold learned step sizes: of activations and of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mecdeploy.training.fused import Bounds, add_quantize, normalize_quantize, scale_quantize
+from mecdeploy.training.lsq import clamp_scaling_gradient, quantize, round_clamp, scale_gradient
 
 SMALLEST_STEP = 1e-12
 SAMPLES_PER_BATCH = 16_384
@@ -53,104 +51,6 @@ class QTensor:
     def with_codes(self, codes: Tensor) -> QTensor:
         """The same quantisation around other codes."""
         return QTensor(codes, self.scale, self.zero_point, self.qmax, self.qmin)
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
-class _ClampPassingGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lower: float, upper: float) -> Tensor:
-        return x.clamp(lower, upper)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
-
-
-class _Quantize(torch.autograd.Function):
-    """Regions of LSQ eq. 3 and 5: below (ratio <= lower), above (ratio >= upper), inside."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:
-        ratio = x / step
-        ctx.save_for_backward(ratio, step)
-        ctx.lower, ctx.upper = lower, upper
-        return torch.round(ratio).clamp_(lower, upper)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        ratio, step = ctx.saved_tensors
-        grad_x = _zero_outside(grads[0], ratio, ctx.lower, ctx.upper).mul_(step.reciprocal())
-        grad_step = -(grad_x * ratio).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_step, None, None
-
-
-class _RoundClamp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ratio: Tensor, lower: int, upper: int) -> Tensor:
-        ctx.save_for_backward(ratio)
-        ctx.lower, ctx.upper = lower, upper
-        return torch.round(ratio).clamp_(lower, upper)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (ratio,) = ctx.saved_tensors
-        return _zero_outside(grads[0], ratio, ctx.lower, ctx.upper), None, None
-
-
-def _zero_outside(grad: Tensor, ratio: Tensor, lower: int, upper: int) -> Tensor:
-    """The gradient where lower < ratio < upper, else 0: one pass, no mask in memory."""
-    kept: Tensor = torch.ops.aten.hardtanh_backward(grad, ratio, lower, upper)
-    return kept
-
-
-def quantize(x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:
-    """Map reals to centred codes: clamp(round(x / step), lower, upper).
-
-    Rounds half to even and divides (no reciprocal), as ONNX QuantizeLinear does. x: [...]; step: broadcasts to x, > 0.
-    Gradients are straight-through: d codes/dx = 1/step and d codes/d step = -x/step^2 inside the range, 0 outside. With
-    real = codes * step they give LSQ's round(x/step) - x/step inside, lower or upper outside.
-    Source: Esser et al. 2020 (arXiv:1902.08153), eq. 1-3 and 5.
-    """
-    codes: Tensor = _Quantize.apply(x, step, lower, upper)
-    return codes
-
-
-def round_clamp(ratio: Tensor, lower: int, upper: int) -> Tensor:
-    """clamp(round(ratio), lower, upper), rounding half to even; the gradient passes strictly inside the range."""
-    codes: Tensor = _RoundClamp.apply(ratio, lower, upper)
-    return codes
-
-
-def round_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes unchanged (straight-through; Bengio et al. 2013, arXiv:1308.3432)."""
-    return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """X itself; its gradient times factor (LSQ sec. 2.2 uses 1 / sqrt(N * upper))."""
-    scaled: Tensor = _ScaleGradient.apply(x, factor)
-    return scaled
-
-
-def clamp_passing_gradient(x: Tensor, lower: float, upper: float) -> Tensor:
-    """clamp(x, lower, upper) whose gradient passes everywhere, so that a bounded step can come back."""
-    clamped: Tensor = _ClampPassingGradient.apply(x, lower, upper)
-    return clamped
-
-
-def fake_quantize(x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:
-    """Float to float: quantize(x) * step, [...] like x."""
-    return quantize(x, step, lower, upper) * step
 
 
 class ActivationQuantizer(nn.Module):
@@ -204,36 +104,50 @@ class ActivationQuantizer(nn.Module):
         return self.zero_point if self.rectified else 0
 
     @property
+    def bounds(self) -> Bounds:
+        """Smallest and largest centred code."""
+        zero_point = self.zero_point
+        return self.qmin - zero_point, self.qmax - zero_point
+
+    @property
     def largest_step(self) -> float:
         """The step at which the largest code reaches `maximum`."""
         return float("inf") if self.maximum is None else self.maximum / max(1, self.qmax - self.zero_point)
 
     def effective_step(self, features: int | None = None) -> Tensor:
         """The step in use, () float32 > 0; features: elements per sample, for LSQ's gradient scale."""
-        step = clamp_passing_gradient(self.step, SMALLEST_STEP, self.largest_step)
-        return step if features is None else scale_gradient(step, self._gradient_scale(features))
+        factor = 1.0 if features is None else self._gradient_scale(features)
+        return clamp_scaling_gradient(self.step, SMALLEST_STEP, self.largest_step, factor)
 
     def forward(self, x: Tensor) -> QTensor:
         """Quantise reals [N, ...]."""
         if self.samples is not None:
             return self._observe(x)
         step = self.effective_step(x[0].numel())
-        zero_point = self.zero_point
-        lower, upper = self.qmin - zero_point, self.qmax - zero_point
-        codes = quantize(x, step, lower, upper)
-        return self.tensor(self._follow_zero(codes, lambda: x.detach() / step.detach(), step), step)
+        codes = quantize(x, step, *self.bounds)
+        return self.followed(codes, lambda: x.detach() / step.detach(), step)
+
+    def normalized(self, y: Tensor, norm: nn.BatchNorm2d | nn.BatchNorm1d) -> QTensor:
+        """Quantise BatchNorm(y) with batch statistics and |gamma|, [N, C, ...], updating the running statistics."""
+        if self.samples is not None or self.offset is not None:
+            return self(batch_norm(y, norm))
+        step = self.effective_step(y[0].numel())
+        return self.tensor(normalize_quantize(y, norm, step, self.bounds), step)
+
+    def from_product(self, factor: Tensor, multiplier: Tensor, step: Tensor) -> QTensor:
+        """Quantise real / step = factor * multiplier, as the deployed kernel computes it; float32 [N, ...]."""
+        codes = scale_quantize(factor, multiplier, self.bounds)
+        return self.followed(codes, lambda: (factor * multiplier).detach(), step)
 
     def from_ratio(self, ratio: Tensor, step: Tensor) -> QTensor:
         """Quantise `ratio` = real / step, already computed as the deployed kernel computes it, [N, ...]."""
-        zero_point = self.zero_point
-        codes = round_clamp(ratio, self.qmin - zero_point, self.qmax - zero_point)
-        return self.tensor(self._follow_zero(codes, ratio.detach, step), step)
+        return self.followed(round_clamp(ratio, *self.bounds), ratio.detach, step)
 
     def from_stored(self, stored: Tensor, step: Tensor) -> QTensor:
         """Quantise a stored code not yet rounded, real / step + zero_point as the deployed kernel computes it."""
         zero_point = self.zero_point
         codes = round_clamp(stored, self.qmin, self.qmax) - zero_point
-        return self.tensor(self._follow_zero(codes, lambda: stored.detach() - zero_point, step), step)
+        return self.followed(codes, lambda: stored.detach() - zero_point, step)
 
     def tensor(self, codes: Tensor, step: Tensor) -> QTensor:
         """Centred codes under this quantisation."""
@@ -242,19 +156,19 @@ class ActivationQuantizer(nn.Module):
     def _gradient_scale(self, features: int) -> float:
         return float((features * max(1, self.qmax - self.zero_point)) ** -0.5)
 
-    def _follow_zero(self, codes: Tensor, real_in_steps: Callable[[], Tensor], step: Tensor) -> Tensor:
-        """The same codes, through which offset and step learn that they move both ends of the range.
+    def followed(self, codes: Tensor, real_in_steps: Callable[[], Tensor], step: Tensor) -> QTensor:
+        """Codes under this quantisation, through which offset and step learn that they move both ends of the range.
 
         With real = codes * step, as LSQ+ eq. 8 and 9: outside the range d real / d offset is -1, and d real / d step is
         0 below it and qmax above it; inside all is as with a fixed zero point.
         """
         if self.offset is None or not self.offset.requires_grad or not torch.is_grad_enabled():
-            return codes
+            return self.tensor(codes, step)
         zero_point, ratio = self.zero_point, real_in_steps()
         outside = (ratio >= self.qmax - zero_point) | ((ratio <= -zero_point) & (not self.rectified))
         offset = scale_gradient(self.offset, self._gradient_scale(codes[0].numel()))
         zero = offset / step
-        return codes - outside * (zero - zero.detach())
+        return self.tensor(codes - outside * (zero - zero.detach()), step)
 
     def _observe(self, x: Tensor) -> QTensor:
         """Calibration: pass the float activation on and keep it."""
@@ -285,6 +199,45 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [O, ...] and step [O]."""
-        step = clamp_passing_gradient(self.step, SMALLEST_STEP, float("inf"))
-        step = scale_gradient(step, (weight[0].numel() * self.upper) ** -0.5)
+        factor = (weight[0].numel() * self.upper) ** -0.5
+        step = clamp_scaling_gradient(self.step, SMALLEST_STEP, float("inf"), factor)
         return quantize(weight, step.view(-1, *[1] * (weight.dim() - 1)), self.lower, self.upper), step
+
+
+def batch_norm(y: Tensor, norm: nn.BatchNorm2d | nn.BatchNorm1d) -> Tensor:
+    """BatchNorm in training with gamma kept positive, updating the running statistics."""
+    return nn.functional.batch_norm(
+        y,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight.abs(),
+        norm.bias,
+        training=True,
+        momentum=0.1 if norm.momentum is None else norm.momentum,
+        eps=norm.eps,
+    )
+
+
+def add(
+    a: QTensor,
+    b: QTensor,
+    outputs: Sequence[ActivationQuantizer],
+    answers: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+) -> tuple[QTensor, ...]:
+    """Quantise one sum once for each output; shapes broadcast. answers: of a kernel, as add_quantize takes them."""
+    features = torch.broadcast_shapes(a.codes.shape, b.codes.shape)[1:].numel()
+    steps = [output.effective_step(features) for output in outputs]
+    codes = add_quantize(
+        a.codes,
+        a.scale,
+        b.codes,
+        b.scale,
+        steps,
+        [output.bounds for output in outputs],
+        answers,
+    )
+
+    def in_steps(step: Tensor) -> Callable[[], Tensor]:
+        return lambda: ((a.dequantize() + b.dequantize()) / step).detach()
+
+    return tuple(o.followed(found, in_steps(step), step) for o, found, step in zip(outputs, codes, steps, strict=True))

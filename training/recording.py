@@ -11,7 +11,7 @@ from torch import Tensor
 class Recording:
     """Tensors of one forward pass, all attached to the autograd graph.
 
-    features: [m, d] pooled features before the classifier, dequantised; None before the first forward.
+    features: [m, d] pooled features before the classifier, dequantised; None unless asked for.
     activations: unit output name -> dequantised output of that unit, [m, C, H, W] or [m, d].
     weights: unit name -> fake-quantised weights, [O, I * kh * kw].
     """

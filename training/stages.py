@@ -147,8 +147,7 @@ class QuantizedTask:
         if self.mec is None:
             logits, recording = self.network(pixels), None
         else:
-            with self.network.record(self.mec.code) as recording:
-                logits = self.network(pixels)
+            logits, recording = self.network(pixels, self.mec.code)
         task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         correct = _correct(logits, labels) / self.views
         if self.mec is None or recording is None:

@@ -6,6 +6,8 @@ frozen, it computes the deployed arithmetic of `deployed.py`. Units pass QTensor
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from mecdeploy.training import deployed, elementwise
 from mecdeploy.training.geometry import Geometry
 from mecdeploy.training.plans import Layer
-from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer, add, batch_norm
 
 
 class Unit(nn.Module):
@@ -90,9 +92,9 @@ class WeightedUnit(Unit):
             y = F.linear(x.codes, weight, self.bias)
         else:
             y = deployed.convolve(x.codes, weight, self.bias, self.geometry)
-        if self.batch_norm is not None:
-            y = _batch_norm(y, self.batch_norm)
-        return y if self.output is None else self.output(y)
+        if self.batch_norm is None:
+            return y if self.output is None else self.output(y)
+        return batch_norm(y, self.batch_norm) if self.output is None else self.output.normalized(y, self.batch_norm)
 
     @torch.no_grad()
     def _absorb_negative_gamma(self, batch_norm: nn.BatchNorm2d | nn.BatchNorm1d) -> None:
@@ -111,11 +113,12 @@ class AddUnit(Unit):
 
     def forward(self, a: QTensor, b: QTensor) -> QTensor | tuple[QTensor, ...]:
         """One QTensor per output quantiser."""
-        if self.simulates_deployment:
-            results = tuple(deployed.add(a, b, output) for output in self.outputs)  # type: ignore[arg-type]
+        outputs = cast("list[ActivationQuantizer]", list(self.outputs))
+        if any(output.samples is not None for output in outputs):
+            total = a.dequantize() + b.dequantize()
+            results = tuple(output(total) for output in outputs)
         else:
-            total = torch.addcmul(a.dequantize(), b.codes, b.scale)
-            results = tuple(output(total) for output in self.outputs)
+            results = deployed.add(a, b, outputs) if self.simulates_deployment else add(a, b, outputs)
         return results[0] if len(results) == 1 else results
 
 
@@ -175,17 +178,3 @@ class AveragePoolUnit(Unit):
         )
         pooled: QTensor = self.output(real)
         return pooled
-
-
-def _batch_norm(y: Tensor, batch_norm: nn.BatchNorm2d | nn.BatchNorm1d) -> Tensor:
-    """BatchNorm in training with gamma kept positive, updating the running statistics."""
-    return F.batch_norm(
-        y,
-        batch_norm.running_mean,
-        batch_norm.running_var,
-        batch_norm.weight.abs(),
-        batch_norm.bias,
-        training=True,
-        momentum=0.1 if batch_norm.momentum is None else batch_norm.momentum,
-        eps=batch_norm.eps,
-    )

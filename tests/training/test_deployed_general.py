@@ -199,7 +199,7 @@ def test_the_older_kernels_at_learned_zero_points(kind: str) -> None:
     assert np.array_equal(result.stored().numpy(), np.maximum(expected, qmin))
 
     a, b = rng.integers(0, 256, (2, 1, 900)).astype(np.uint8)
-    added = deployed.add(tensor(a, 20, 0.11), tensor(b, 230, 0.07), output)
+    added = deployed.add(tensor(a, 20, 0.11), tensor(b, 230, 0.07), [output])[0]
     expected = witness.add(a, 0.11, 20, b, 0.07, 230, step, zero_point, qmax)
     assert np.array_equal(added.stored().numpy(), np.maximum(expected, qmin))
 

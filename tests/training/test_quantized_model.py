@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mecdeploy.training.calibration import calibrate
-from mecdeploy.training.config import QuantConfig
+from mecdeploy.training.config import CODED_TENSORS, QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.preparation import prepare
@@ -230,10 +230,10 @@ def test_frozen_training_is_evaluation() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_record(training: bool) -> None:
     model, pixels = calibrated().train(training), images(4)
-    with model.record() as recording:
-        assert recording.features is None
-        model(pixels)
+    logits, recording = model(pixels, CODED_TENSORS)
 
+    if not training:
+        assert torch.equal(logits, model(pixels))
     assert set(recording.weights) == {name for name, unit in model.units().items() if isinstance(unit, WeightedUnit)}
     names = {name for unit in model.units().values() for name in unit.output_names} - {"logits"}
     assert set(recording.activations) == names
@@ -259,8 +259,7 @@ def test_record(training: bool) -> None:
 
 def test_what_is_recorded_is_attached_to_the_graph() -> None:
     model = calibrated().train()
-    with model.record() as recording:
-        model(images(8))
+    _, recording = model(images(8), CODED_TENSORS)
     assert recording.features is not None
     total = recording.features.sum() + sum(a.sum() for a in recording.activations.values())
     (total + sum((w**2).sum() for w in recording.weights.values())).backward()  # type: ignore[union-attr]
@@ -272,15 +271,14 @@ def test_what_is_recorded_is_attached_to_the_graph() -> None:
             assert isinstance(output, ActivationQuantizer) and bool(output.step.grad.any()), name  # type: ignore[union-attr]
 
 
-def test_recording_ends_with_its_context() -> None:
+def test_only_what_is_asked_for_is_recorded() -> None:
     model = calibrated()
-    with pytest.raises(RuntimeError, match="stop"), model.record() as recording:
-        raise RuntimeError("stop")
-    model(images(2))
-    assert recording.features is None and not recording.activations and not recording.weights
-    with model.record(("features",)) as recording:
-        model(images(2))
+    _, recording = model(images(2), ("features",))
     assert recording.features is not None and not recording.activations and not recording.weights
+    _, recording = model(images(2), ("activations",))
+    assert recording.features is None and recording.activations and not recording.weights
+    _, recording = model(images(2), ("weights",))
+    assert recording.features is None and not recording.activations and recording.weights
 
 
 def test_a_few_steps_of_training_learn() -> None:

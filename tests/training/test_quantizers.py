@@ -13,18 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mecdeploy.training.quantizers import (
-    SMALLEST_STEP,
-    ActivationQuantizer,
-    QTensor,
-    WeightQuantizer,
-    clamp_passing_gradient,
+from mecdeploy.training.lsq import (
+    clamp_scaling_gradient,
     fake_quantize,
     quantize,
     round_clamp,
     round_through,
     scale_gradient,
 )
+from mecdeploy.training.quantizers import SMALLEST_STEP, ActivationQuantizer, QTensor, WeightQuantizer
 
 RANGES = [(-2, 1), (-4, 3), (-8, 7), (-128, 127), (0, 3), (0, 7), (0, 15), (0, 255)]
 """Signed weights and unsigned activations of 2, 3, 4 and 8 bits."""
@@ -218,7 +215,7 @@ def test_scale_gradient() -> None:
     assert gradient_of(lambda x: scale_gradient(x, 0.25), [1.5, -2.0]) == ([1.5, -2.0], [0.25, 0.5])
 
 
-def test_clamp_passing_gradient() -> None:
-    values, grads = gradient_of(lambda x: clamp_passing_gradient(x, 0.0, 2.0), [-1.0, 0.5, 7.0])
+def test_clamp_scaling_gradient() -> None:
+    values, grads = gradient_of(lambda x: clamp_scaling_gradient(x, 0.0, 2.0, 0.5), [-1.0, 0.5, 7.0])
     assert values == [0.0, 0.5, 2.0]
-    assert grads == [1, 2, 3]
+    assert grads == [0.5, 1, 1.5]
