@@ -16,6 +16,9 @@ from mecdeploy.runtime_checks.arithmetic import EXACT_IN_FLOAT32, INT32_LIMIT, C
 
 Integers = NDArray[np.floating]
 
+_WEIGHTS_AT_ONCE = 2**20
+"""Of a Gemm, as floats: 4 or 8 MB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
@@ -84,13 +87,27 @@ def _as_int32(accumulator: Integers, bound: int) -> Integers:
     return accumulator.astype(np.int64).astype(np.int32).astype(np.float64)
 
 
-def _columns(window: Window, image: NDArray[Any], positions: tuple[int, int]) -> NDArray[Any]:
-    """im2col of one padded image [1, C, H, W]: [C, kh * kw, oh * ow]."""
-    channels = image.shape[1]
-    columns = np.empty((channels, window.kernel[0] * window.kernel[1], *positions), image.dtype)
-    for k, view in enumerate(window.taps(image, positions)):
-        columns[:, k] = view[0]
-    return columns.reshape(channels, columns.shape[1], -1)
+def _columns(window: Window, padded: NDArray[Any], positions: tuple[int, int]) -> NDArray[Any]:
+    """im2col of one padded image [1, C, H, W]: [C * kh * kw, oh * ow]."""
+    taps = window.taps(padded, positions)
+    if len(taps) == 1 and positions == padded.shape[2:]:  # 1x1: the image is its own columns
+        return padded.reshape(padded.shape[1], -1)
+    columns = np.empty((padded.shape[1], len(taps), *positions), padded.dtype)
+    for k, tap in enumerate(taps):
+        columns[:, k] = tap[0]
+    return columns.reshape(-1, positions[0] * positions[1])
+
+
+def _convolve_depthwise(
+    padded: Integers, weights: Integers, window: Window, positions: tuple[int, int], out: Integers
+) -> None:
+    """Every channel of one padded image [1, C, H, W] with its own kernels, tap by tap; weights, out: [O, ...]."""
+    repeats = len(weights) // padded.shape[1]
+    product = np.empty_like(out)
+    out[...] = 0
+    for tap, weight in zip(window.taps(padded, positions), weights.reshape(len(weights), -1).T, strict=True):
+        channels = np.repeat(tap[0], repeats, axis=0) if repeats > 1 else tap[0]
+        out += np.multiply(channels, weight[:, None, None], out=product)
 
 
 def convolve(
@@ -101,36 +118,40 @@ def convolve(
     window: Window,
     groups: int,
 ) -> Integers:
-    """int32 accumulators of a convolution, as exact floats [N, O, oh, ow]. weight: [O, C / groups, kh, kw]."""
+    """int32 accumulators of a convolution, as exact floats [N, O, oh, ow]. weight: [O, C / groups, kh, kw].
+
+    Image by image: what one needs stays in the processor's cache.
+    """
     kind, bound = _exact_type(x, zero_point, weight, bias)
-    centred = np.subtract(x, zero_point, dtype=kind)
-    padded = window.pad(centred, 0)
-    batch, channels = x.shape[:2]
     positions = window.output_size(*x.shape[2:])
     outputs = weight.shape[0]
-    accumulator = np.zeros((batch, outputs, *positions), kind)
+    depthwise = groups == x.shape[1] and weight.shape[1] == 1
     weights = weight.astype(kind)
-    if groups == channels and weight.shape[1] == 1:
-        repeats = outputs // channels
-        for k, view in enumerate(window.taps(padded, positions)):
-            tap = weights.reshape(outputs, -1)[:, k].reshape(1, outputs, 1, 1)
-            accumulator += (np.repeat(view, repeats, axis=1) if repeats > 1 else view) * tap
-    else:
-        matrices = weights.reshape(groups, outputs // groups, -1)
-        for n in range(batch):
-            columns = _columns(window, padded[n : n + 1], positions)
-            columns = columns.reshape(groups, -1, positions[0] * positions[1])
-            np.matmul(matrices, columns, out=accumulator[n].reshape(groups, outputs // groups, -1))
-    if bias is not None:
-        accumulator += bias.astype(kind).reshape(1, -1, 1, 1)
+    accumulator = np.empty((len(x), outputs, *positions), kind)
+    for image, out in zip(x, accumulator, strict=True):
+        padded = window.pad(np.subtract(image[None], zero_point, dtype=kind), 0)
+        if depthwise:
+            _convolve_depthwise(padded, weights, window, positions, out)
+        else:
+            columns = _columns(window, padded, positions).reshape(groups, -1, positions[0] * positions[1])
+            matrices = weights.reshape(groups, outputs // groups, -1)
+            np.matmul(matrices, columns, out=out.reshape(groups, outputs // groups, -1))
+        if bias is not None:
+            out += bias.astype(kind)[:, None, None]
     return _as_int32(accumulator, bound)
 
 
 def matrix_product(x: Codes, zero_point: int, weight: NDArray[np.int8], bias: NDArray[np.int32] | None) -> Integers:
-    """int32 accumulators of x @ weight.T + bias as exact floats [N, O]. x: [N, I], weight: [O, I]."""
+    """int32 accumulators of x @ weight.T + bias as exact floats [N, O]. x: [N, I], weight: [O, I].
+
+    Some outputs at a time: all weights of a large classifier as floats are hundreds of megabytes.
+    """
     kind, bound = _exact_type(x, zero_point, weight, bias)
     centred: Integers = np.subtract(x, zero_point, dtype=kind)
-    accumulator: Integers = centred @ weight.astype(kind).T
+    accumulator: Integers = np.empty((len(x), len(weight)), kind)
+    block = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), block):
+        accumulator[:, start : start + block] = centred @ weight[start : start + block].astype(kind).T
     if bias is not None:
         accumulator += bias.astype(kind)
     return _as_int32(accumulator, bound)

@@ -1,7 +1,11 @@
-"""Convolutions and Gemms as steps: int32 accumulators, requantised or, for a Gemm, scaled to float32."""
+"""Convolutions and Gemms as steps: int32 accumulators, requantised or, for a Gemm, scaled to float32.
+
+Accumulators are 4 or 8 times as large as the codes they become, so a layer takes some images at a time.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
 
@@ -13,17 +17,20 @@ from mecdeploy.runtime_checks.patterns import Graph, Product, Quantized, attribu
 from mecdeploy.runtime_checks.pooling import window_of
 from mecdeploy.runtime_checks.steps import Array, Requantizing, Step
 
+_VALUES_AT_ONCE = 2**20
+"""Of the input or the output of a layer, whichever is more, as floats: 4 or 8 MB stay in the processor's cache."""
+
 
 def _quantized_product(graph: Graph, node: onnx.NodeProto, y: Quantized) -> Step:
     """QLinearConv, or QGemm with codes as output."""
     product = graph.product(node)
     accumulate = _accumulator(product)
     multiplier = arithmetic.output_multiplier(product.input.scale, product.weight_scale, y.scale)
-    return Step(
-        y.tensor,
-        (product.input.tensor,),
-        lambda x: arithmetic.requantize(accumulate(x), multiplier, y.zero_point),
-    )
+
+    def compute(x: Array) -> Array:
+        return arithmetic.requantize(accumulate(x), multiplier, y.zero_point)
+
+    return _in_parts(y.tensor, product, compute)
 
 
 def real_gemm(graph: Graph, node: onnx.NodeProto) -> Step:
@@ -31,7 +38,11 @@ def real_gemm(graph: Graph, node: onnx.NodeProto) -> Step:
     product = graph.product(node)
     accumulate = _accumulator(product)
     multiplier = product.input.scale * product.weight_scale
-    return Step(node.output[0], (product.input.tensor,), lambda x: accumulate(x).astype(np.float32) * multiplier)
+
+    def compute(x: Array) -> Array:
+        return accumulate(x).astype(np.float32) * multiplier
+
+    return _in_parts(node.output[0], product, compute)
 
 
 def _accumulator(product: Product) -> Callable[[Array], Array]:
@@ -41,6 +52,17 @@ def _accumulator(product: Product) -> Callable[[Array], Array]:
     window = window_of(product.node, (weight.shape[2], weight.shape[3]))
     groups = int(attributes_of(product.node).get("group", 1))
     return lambda x: kernels.convolve(x, zero_point, weight, bias, window, groups)
+
+
+def _in_parts(output: str, product: Product, compute: Callable[[Array], Array]) -> Step:
+    """`compute`, which treats every row of [N, ...] on its own, over as many rows at once as _VALUES_AT_ONCE allows."""
+
+    def compute_parts(x: Array) -> Array:
+        values = max(x.shape[1], len(product.weight)) * math.prod(x.shape[2:])
+        rows = max(1, _VALUES_AT_ONCE // values)
+        return np.concatenate([compute(x[start : start + rows]) for start in range(0, max(len(x), 1), rows)])
+
+    return Step(output, (product.input.tensor,), compute_parts)
 
 
 PRODUCTS: MappingProxyType[str, Requantizing] = MappingProxyType(

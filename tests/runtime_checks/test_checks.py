@@ -10,6 +10,7 @@ from qdq_models import images, replace, residual_network
 from references import Altered, Undamaged
 
 from mecdeploy.runtime_checks import CheckError, check_model, inspect_structure, read_model
+from mecdeploy.runtime_checks.checks import images_at_once
 from mecdeploy.runtime_checks.exactness import compare_exactly
 from mecdeploy.runtime_checks.sentences import explain_exactness
 from mecdeploy.runtime_checks.tally import Tally, differences
@@ -86,6 +87,17 @@ def test_images_are_spread_over_the_set(model):
     )
     assert np.array_equal(np.concatenate(seen), pixels[[0, 10, 19, 29]])
     assert [len(batch) for batch in seen] == [3, 1]
+
+
+@pytest.mark.parametrize("side, count", [(8, 64), (32, 64), (112, 16), (224, 4), (299, 2), (600, 2)])
+def test_large_images_are_taken_in_small_batches(side, count):
+    assert images_at_once(side, side) == count
+
+
+def test_batches_are_chosen_where_none_are_asked_for(model):
+    calls = []
+    check(model, Undamaged(model), 70, exact_images=20, progress=lambda *call: calls.append(call))
+    assert calls[2:] == [("exactness", 16, 20), ("exactness", 20, 20), ("accuracy", 64, 70), ("accuracy", 70, 70)]
 
 
 def test_progress_counts_every_stage(model):

@@ -42,6 +42,12 @@ def test_the_networks_are_not_trivial():
         assert np.count_nonzero((found[name] > 0) & (found[name] < largest)) > found[name].size / 20, name
 
 
+@pytest.mark.parametrize("values", [1, 4000])  # an image at a time; two where images are large, seven where small
+def test_layers_do_not_depend_on_how_many_images_they_take_at_once(values, monkeypatch):
+    monkeypatch.setattr("mecdeploy.runtime_checks.products._VALUES_AT_ONCE", values)
+    assert_equal_everywhere(residual_network(2), images(2, 7))
+
+
 @st.composite
 def convolution_graphs(draw):
     build = Builder(np.random.default_rng(draw(st.integers(0, 2**32))), dyadic=draw(st.booleans()))

@@ -59,6 +59,37 @@ def test_accumulators_beyond_float32_are_still_exact(bias, kind):
     assert found.reshape(-1).tolist() == [255 + bias, -127 * 255 - bias]
 
 
+@pytest.mark.parametrize("terms, kind", [(518, np.float32), (519, np.float64), (66_312, np.float64)])
+def test_sums_on_either_side_of_the_last_exact_float32_and_int32(terms, kind):
+    """255 * 127 * 518 is the last such sum below 2**24, and 66,311 terms the last below 2**31: then int32 wraps."""
+    x = np.full((2, terms), 255, np.uint8)
+    x[1, ::2] = 254
+    weight = np.array([[127], [-127]], np.int8).repeat(terms, axis=1)
+    expected = [[(sign * 127 * int(row.sum()) + 2**31) % 2**32 - 2**31 for sign in (1, -1)] for row in x.astype(int)]
+    product = kernels.matrix_product(x, 0, weight, None)
+    window = Window(kernel=(1, 1))
+    convolved = kernels.convolve(x[:, :, None, None], 0, weight[:, :, None, None], None, window, 1)
+    assert product.dtype == convolved.dtype == kind
+    assert product.tolist() == convolved[:, :, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("block", [1, 20, 30, 2**20])  # of weights: one row of 10, two, three, all
+def test_a_matrix_product_does_not_depend_on_how_many_outputs_are_taken_at_once(block, monkeypatch):
+    rng = np.random.default_rng(block)
+    x, zero_point = rng.integers(0, 256, (3, 10), dtype=np.uint8), 77
+    weight = rng.integers(-128, 128, (7, 10)).astype(np.int8)
+    bias = rng.integers(-(2**20), 2**20, 7).astype(np.int32)
+    monkeypatch.setattr(kernels, "_WEIGHTS_AT_ONCE", block)
+    expected = [
+        [
+            int(b) + sum(int(w) * (int(code) - zero_point) for w, code in zip(row, image, strict=True))
+            for row, b in zip(weight, bias, strict=True)
+        ]
+        for image in x
+    ]
+    assert kernels.matrix_product(x, zero_point, weight, bias).tolist() == expected
+
+
 def test_accumulators_wrap_as_int32_does():
     x = np.full((1, 2), 255, np.uint8)
     weight = np.array([[127, 127], [-127, -127]], np.int8)
