@@ -58,6 +58,15 @@ def test_committed_latency_is_whole_and_all_quantised_models_are_all_integer() -
     assert result["environment"]["threads"] == 1
 
 
+def test_committed_check_was_of_sixteen_images_and_found_nothing() -> None:
+    result = json.loads((ROOT / "benchmarks/results/check_cost.json").read_text())
+    assert (result["export"]["network"], result["bits"], result["side"]) == ("resnet50", 4, 224)
+    check = result["check"]
+    assert (check["network"], result["interpreter"]["network"], result["images"]) == ("resnet18", "resnet18", 16)
+    assert check["passed"] and check["integers_different"] == 0 and check["integers_compared"] > 16 * 1_000_000
+    assert result["environment"]["threads"] == 1 and result["rounds"] >= 3
+
+
 def test_committed_accuracy_has_every_run_and_no_differing_integer() -> None:
     result = json.loads((ROOT / "benchmarks/results/cifar10.json").read_text())
     assert list(result["runs"]) == ["fp32", "lsq-w4a4", "mec-w4a4", "lsq-w2a2", "mec-w2a2"]
