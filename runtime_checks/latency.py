@@ -48,7 +48,7 @@ def compare_latency(
             f"latency of {sorted(models)} with feeds for {sorted(feeds)} over {rounds} rounds; "
             "give at least one model, one feed for each and one round."
         )
-    sessions = {name: open_session(model, name, threads=threads, spin=True) for name, model in models.items()}
+    sessions = {name: open_session(model, name, threads=threads, alone=True) for name, model in models.items()}
     names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
