@@ -65,7 +65,9 @@ class _NormalizeQuantize(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-def normalize_quantize(y: Tensor, norm: torch.nn.Module, step: Tensor, bounds: Bounds) -> Tensor:
+def normalize_quantize(
+    y: Tensor, norm: torch.nn.BatchNorm1d | torch.nn.BatchNorm2d, step: Tensor, bounds: Bounds
+) -> Tensor:
     """Codes of BatchNorm with batch statistics, quantised: clamp(round(BN(y) / step)), [N, C, ...] like y.
 
     norm: the BatchNorm, whose gamma is used as |gamma| and whose running statistics are updated. step: ().
@@ -143,16 +145,15 @@ class _AddQuantize(torch.autograd.Function):
         # z is linear in both scales: the inner products of each with its gradient add up to that of z.
         of_scale_a = inner(of_z, a.expand_as(of_z)) / steps[0]
         of_scale_b = (along - of_scale_a * scale_a) / scale_b
-        of_a = torch.mul(of_z, scale_a / steps[0], out=a if a.shape == of_z.shape else None).sum_to_size(a.shape)
+        of_a = torch.mul(of_z, scale_a / steps[0], out=a if a.shape == b.shape else None).sum_to_size(a.shape)
         of_b = of_z.mul_(scale_b / steps[0]).sum_to_size(b.shape)
         return of_a, of_scale_a, of_b, of_scale_b, None, None, *of_steps
 
 
 def _weighted_sum(a: Tensor, factor_a: Tensor, b: Tensor, factor_b: Tensor) -> Tensor:
-    weighted = a * factor_a
-    if weighted.shape == torch.broadcast_shapes(a.shape, b.shape):
-        return weighted.addcmul_(b, factor_b)
-    return torch.addcmul(weighted, b, factor_b)
+    if a.shape == b.shape:
+        return (a * factor_a).addcmul_(b, factor_b)
+    return torch.addcmul(a * factor_a, b, factor_b)
 
 
 def add_quantize(

@@ -130,7 +130,7 @@ class ActivationQuantizer(nn.Module):
     def normalized(self, y: Tensor, norm: nn.BatchNorm2d | nn.BatchNorm1d) -> QTensor:
         """Quantise BatchNorm(y) with batch statistics and |gamma|, [N, C, ...], updating the running statistics."""
         if self.samples is not None or self.offset is not None:
-            return self(batch_norm(y, norm))
+            return self.forward(batch_norm(y, norm))
         step = self.effective_step(y[0].numel())
         return self.tensor(normalize_quantize(y, norm, step, self.bounds), step)
 
@@ -225,7 +225,8 @@ def add(
     answers: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> tuple[QTensor, ...]:
     """Quantise one sum once for each output; shapes broadcast. answers: of a kernel, as add_quantize takes them."""
-    features = torch.broadcast_shapes(a.codes.shape, b.codes.shape)[1:].numel()
+    shape: torch.Size = torch.broadcast_shapes(a.codes.shape, b.codes.shape)  # type: ignore[no-untyped-call]
+    features = shape[1:].numel()
     steps = [output.effective_step(features) for output in outputs]
     codes = add_quantize(
         a.codes,
