@@ -173,6 +173,8 @@ class ScheduleConfig:
 
     fp_epochs: full-precision epochs before QAT. epochs: QAT epochs, of which the last frozen_epochs run with BatchNorm
     frozen and the deployed arithmetic simulated. calibration_images: training images that set the first step sizes.
+    keep_checkpoints: how many of the newest stay, beside the best and the stage ends. save_minutes: an epoch that takes
+    longer is saved on its way, too.
     """
 
     fp_epochs: int = 30
@@ -185,12 +187,14 @@ class ScheduleConfig:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     calibration_images: int = 512
+    keep_checkpoints: int = 2
+    save_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        minimums = {"fp_epochs": 0, "epochs": 0, "frozen_epochs": 0, "batch_size": 2, "calibration_images": 1}
-        for key, minimum in minimums.items():
+        minimums = {"fp_epochs": 0, "epochs": 0, "frozen_epochs": 0, "batch_size": 2}
+        for key, minimum in {**minimums, "calibration_images": 1, "keep_checkpoints": 1}.items():
             _require_at_least(f"schedule.{key}", getattr(self, key), minimum)
-        for key in ("fp_learning_rate", "learning_rate"):
+        for key in ("fp_learning_rate", "learning_rate", "save_minutes"):
             if not getattr(self, key) > 0:
                 raise TrainingError(f"schedule.{key} is {getattr(self, key)}; it must be positive.")
         if self.frozen_epochs > self.epochs:

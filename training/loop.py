@@ -62,7 +62,7 @@ def train(
             f"{config.data.name} has {len(dataset.train)} training and {len(dataset.validation)} validation images; "
             "training needs at least 2 and 1."
         )
-    folder = CheckpointFolder(out)
+    folder = CheckpointFolder(out, keep=config.schedule.keep_checkpoints)
     if not resume:
         folder.require_new()
     elif (out / FINAL).exists():

@@ -6,7 +6,14 @@ import re
 from pathlib import Path
 
 _USER_FILE = re.compile(r"(?P<file>.+\.py):(?P<factory>[^\W\d]\w*)")
-_MAY_CHANGE = ("device", "data.root", "data.download", "data.workers")
+_MAY_CHANGE = (
+    "device",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "schedule.keep_checkpoints",
+    "schedule.save_minutes",
+)
 
 
 def user_file(model: str) -> tuple[Path, str] | None:
@@ -21,7 +28,8 @@ def are_published(weights: str) -> bool:
 
 
 def may_change(key: str, then: object, now: object) -> bool:
-    """Whether a resumed run may have another value of this key: where it computes and where its files lie may change.
+    """Whether a resumed run may have another value of this key: where it computes, where its files lie and when it is
+    saved may change.
 
     key: dotted, as in "data.root". What it computes may not: published weights bring their own normalisation.
     """

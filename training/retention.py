@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay: the last two, the best, and the one at the end of each stage."""
+"""Which checkpoints of a run stay: the newest, the best, and the one at the end of each stage."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, read_checkpoint, read_header, write_checkpoint
 from mecdeploy.training.errors import TrainingError
 
-KEPT_LAST = 2
-
 
 class CheckpointFolder:
-    """The checkpoints of one run, by position. A file that is not named like one of ours is never touched."""
+    """The checkpoints of one run, by position. A file that is not named like one of ours is never touched.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    keep: how many of the newest stay, at least 1.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 1) -> None:
+        self.folder, self.keep = folder, keep
         self._merits: dict[Position, tuple[bool, float | None]] = {}
 
     def require_new(self) -> None:
@@ -85,7 +86,7 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         positions = self.positions()
-        keep = set(positions[-KEPT_LAST:])
+        keep = set(positions[-self.keep :])
         scored: list[tuple[float, Position]] = []
         quantized = positions[-1].stage != "fp32"
         for position in positions:

@@ -26,9 +26,6 @@ from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Loss, Stage, plan_stages
 from mecdeploy.training.state import State, Tally
 
-SAVE_AFTER_SECONDS = 600.0
-"""An epoch that takes longer is saved on its way, too."""
-
 
 class Session:
     """Trains a State stage by stage, saving and reporting as it goes."""
@@ -101,7 +98,7 @@ class Session:
             state.tally.seconds += now - clock
             images, seconds, clock = images + len(batch.labels), seconds + now - clock, now
             self._emit(dataclasses.replace(event, images_per_second=images / max(seconds, 1e-9)))
-            if time.monotonic() - self._saved_at > SAVE_AFTER_SECONDS and event.step < event.steps:
+            if time.monotonic() - self._saved_at > 60.0 * config.schedule.save_minutes and event.step < event.steps:
                 self._save()
                 clock = time.perf_counter()
         self._end_epoch(stage)

@@ -78,25 +78,35 @@ def test_a_full_disk_at_the_end_is_an_error_and_resumes(tmp_path, uninterrupted)
     assert_same_run(out, uninterrupted)
 
 
-def test_long_epochs_are_saved_on_their_way(tmp_path, monkeypatch, uninterrupted):
-    monkeypatch.setattr("mecdeploy.training.session.SAVE_AFTER_SECONDS", 0.0)
+def test_long_epochs_are_saved_on_their_way(tmp_path, uninterrupted):
     crash = interrupt_at(is_step("qat", 2, 3), RuntimeError("power cut"))
     with pytest.raises(RuntimeError):
-        train(tiny_config(), tiny_dataset(), tmp_path / "run", report=crash)
+        train(tiny_config(save_minutes=1e-9), tiny_dataset(), tmp_path / "run", report=crash)
     assert (tmp_path / "run" / "checkpoint-qat-0001-step-000002.safetensors").exists()
     train(tiny_config(), tiny_dataset(), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_keeps_the_last_two_the_best_and_the_stage_ends(tmp_path):
-    out = tmp_path / "run"
-    result = train(tiny_config(fp_epochs=6, epochs=9, frozen_epochs=3), tiny_dataset(), out)
+@pytest.mark.parametrize("keep", [None, 1, 3])
+def test_keeps_the_last_ones_the_best_and_the_stage_ends(tmp_path, keep):
+    out, chosen = tmp_path / "run", {} if keep is None else {"keep_checkpoints": keep}
+    result = train(tiny_config(fp_epochs=6, epochs=9, frozen_epochs=3, **chosen), tiny_dataset(), out)
     quantized = [e for e in result.history if e.stage != "fp32"]
     top = max(e.validation_accuracy for e in quantized)
     best = [e for e in quantized if e.validation_accuracy == top][-1]
-    expected = {("fp32", 6), ("qat", 6), ("deploy", 2), ("deploy", 3), (best.stage, best.epoch)}
+    last = [("deploy", 3), ("deploy", 2), ("deploy", 1)][: keep or 2]
+    expected = {("fp32", 6), ("qat", 6), ("deploy", 3), (best.stage, best.epoch), *last}
     names = {f"checkpoint-{stage}-{epoch:04d}.safetensors" for stage, epoch in expected}
     assert {path.name for path in out.iterdir()} == names | {FINAL}
+
+
+def test_how_often_and_how_many_are_kept_may_change_on_resume(tmp_path, uninterrupted):
+    stopped_at(tmp_path / "run", "qat", 1, 2)
+    changed = tiny_config(keep_checkpoints=1, save_minutes=1e-9)
+    train(changed, tiny_dataset(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", uninterrupted)
+    steps = [path.name for path in (tmp_path / "run").glob("checkpoint-deploy-*")]
+    assert steps == ["checkpoint-deploy-0002.safetensors"]
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
