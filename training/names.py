@@ -28,8 +28,9 @@ def are_published(weights: str) -> bool:
 
 
 def may_change(key: str, then: object, now: object) -> bool:
-    """Whether a resumed run may have another value of this key: where it computes, where its files lie and when it is
-    saved may change.
+    """Whether a resumed run may have another value of this key.
+
+    Where it computes, where its files lie and when it is saved may change.
 
     key: dotted, as in "data.root". What it computes may not: published weights bring their own normalisation.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,41 @@ from torch import Tensor, nn
 from mecdeploy.training.config import ScheduleConfig
 
 WARMUP_SHARE = 0.05
+LEAST_SHARE = 0.5
+"""Of itself, that an update leaves of a step size."""
 
 
-def build_optimizer(
-    model: nn.Module, schedule: ScheduleConfig, step_sizes: Iterable[nn.Parameter] = ()
-) -> torch.optim.SGD:
-    """SGD with momentum in three groups: weights, which decay; biases and normalisation; quantiser step sizes.
+class GuardedSGD(torch.optim.SGD):
+    """SGD with momentum whose update never carries a step size through zero.
+
+    An update that would leave less than LEAST_SHARE of a step size leaves that share, and the momentum that overshot is
+    forgotten: it would push on, halving the step again and again. Elsewhere it is SGD, bit for bit. A step size is
+    guarded in the groups that are marked with step_sizes=True. There is no state in it, and nothing waits for a GPU.
+    Our own: gradients of a step size overshoot, as all values of a channel or tensor pull at it together, and nothing
+    in LSQ keeps it positive. docs/decisions.md shows what happens without.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        steps = [step for group in self.param_groups if group.get("step_sizes") for step in group["params"]]
+        if not steps:
+            return super().step(closure)
+        least = torch._foreach_mul(steps, LEAST_SHARE)
+        loss = super().step(closure)
+        held = torch._foreach_maximum(steps, least)
+        overshot = torch._foreach_sign(torch._foreach_sub(held, steps))  # 1 where it was held back, else 0
+        kept = torch._foreach_add(torch._foreach_neg(overshot), 1.0)
+        momenta = [self.state.get(step, {}).get("momentum_buffer") for step in steps]
+        pairs = [(momentum, keep) for momentum, keep in zip(momenta, kept, strict=True) if momentum is not None]
+        if pairs:  # none without momentum, nor for a step that had no gradient
+            torch._foreach_mul_([momentum for momentum, _ in pairs], [keep for _, keep in pairs])
+        torch._foreach_copy_(steps, held)
+        return loss
+
+
+def build_optimizer(model: nn.Module, schedule: ScheduleConfig, step_sizes: Iterable[nn.Parameter] = ()) -> GuardedSGD:
+    """Guarded SGD with momentum in three groups: weights, which decay; biases and normalisation; quantiser step sizes.
 
     step_sizes: the parameters of `model` that are LSQ steps; decay would pull them towards finer grids for no reason.
     """
@@ -25,9 +55,13 @@ def build_optimizer(
     for parameter in model.parameters():
         name = "steps" if id(parameter) in steps else "weights" if parameter.dim() > 1 else "others"
         groups[name].append(parameter)
-    return torch.optim.SGD(
+    return GuardedSGD(
         [
-            {"params": parameters, "weight_decay": schedule.weight_decay if name == "weights" else 0.0}
+            {
+                "params": parameters,
+                "weight_decay": schedule.weight_decay if name == "weights" else 0.0,
+                "step_sizes": name == "steps",
+            }
             for name, parameters in groups.items()
             if parameters
         ],

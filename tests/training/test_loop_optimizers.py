@@ -11,6 +11,7 @@ from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig, ScheduleConfig
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.optimizers import (
+    GuardedSGD,
     build_optimizer,
     learning_rate,
     momentum_tensors,
@@ -107,3 +108,73 @@ def test_momentum_goes_out_and_comes_back_by_name():
     step(twin, other)
     for name, tensor in twin.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def guarded(values, momentum=0.5):
+    step = nn.Parameter(torch.tensor(values))
+    return step, GuardedSGD([{"params": [step], "step_sizes": True}], lr=1.0, momentum=momentum)
+
+
+def update(optimizer, step, gradient):
+    step.grad = torch.tensor(gradient)
+    optimizer.step()
+    return step.tolist()
+
+
+def test_an_update_leaves_half_of_a_step_size_and_forgets_what_overshot():
+    """By hand, in exact binary fractions: v = v / 2 + g; s -= v, at least s / 2, and then v = 0."""
+    step, optimizer = guarded([1.0, 1.0, 1.0])
+    assert update(optimizer, step, [0.25, 0.5, 0.75]) == [0.75, 0.5, 0.5]
+    velocity = optimizer.state[step]["momentum_buffer"]
+    assert velocity.tolist() == [0.25, 0.5, 0.0]  # exactly half is no overshooting
+    assert update(optimizer, step, [0.0, 4.0, 0.125]) == [0.625, 0.25, 0.375]
+    assert velocity.tolist() == [0.125, 0.0, 0.125]
+    assert update(optimizer, step, [-8.0, 0.0, 100.0]) == [0.625 + 7.9375, 0.25, 0.1875]  # upwards is free
+
+
+def test_no_number_of_updates_reaches_zero():
+    step, optimizer = guarded([1.0], momentum=0.9)
+    for _ in range(20):
+        update(optimizer, step, [1e30])
+    assert step.item() == 2.0**-20
+
+
+def test_a_step_size_that_was_negative_comes_back():
+    """Of a checkpoint from before there was a guard."""
+    step, optimizer = guarded([-1.0])
+    assert update(optimizer, step, [4.0]) == [-0.5]
+    assert update(optimizer, step, [-2.0]) == [1.5]
+
+
+def test_no_guard_hides_what_is_not_finite():
+    step, optimizer = guarded([1.0])
+    assert math.isnan(update(optimizer, step, [float("nan")])[0])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_where_nothing_overshoots_it_is_sgd_bit_for_bit(momentum):
+    torch.manual_seed(0)
+    start, gradients = torch.rand(50) + 0.5, 0.01 * torch.randn(9, 50)
+    step, optimizer = guarded(start.tolist(), momentum)
+    twin = nn.Parameter(start.clone())
+    plain = torch.optim.SGD([twin], lr=1.0, momentum=momentum)
+    for gradient in gradients:
+        update(optimizer, step, gradient.tolist())
+        twin.grad = gradient.clone()
+        plain.step()
+        assert torch.equal(step, twin)
+
+
+def test_a_step_size_without_a_gradient_stays_and_others_are_guarded():
+    idle, busy = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor([1.0]))
+    optimizer = GuardedSGD([{"params": [idle, busy], "step_sizes": True}], lr=1.0, momentum=0.5)
+    assert update(optimizer, busy, [5.0]) == [0.5] and idle.item() == 3.0
+    assert optimizer.state[busy]["momentum_buffer"].tolist() == [0.0]
+
+
+def test_only_step_sizes_are_guarded():
+    spec = InputSpec(channels=1, height=8, width=8, pixel_scale=0.01, pixel_zero_point=128)
+    model = prepare(tiny(), QuantConfig(zero_point="learned"), spec)
+    optimizer = build_optimizer(model, SCHEDULE, model.step_sizes())
+    marked = {id(p) for group in optimizer.param_groups if group["step_sizes"] for p in group["params"]}
+    assert marked == {id(step) for step in model.step_sizes()}  # a learned offset may have either sign
