@@ -1,4 +1,4 @@
-"""Where a network first stops being finite."""
+"""Where a network first stops being finite, and what of it says the same whatever it is shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mecdeploy.training.model import QuantizedModel
-from mecdeploy.training.quantizers import QTensor
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
+from mecdeploy.training.units import WeightedUnit
 
 
 def first_non_finite(network: nn.Module, forward: Callable[[], object]) -> str:
@@ -32,6 +33,41 @@ def first_non_finite(network: nn.Module, forward: Callable[[], object]) -> str:
     return "every weight, step size and activation of this batch is finite"
 
 
+def constant_outputs(network: nn.Module, forward: Callable[[], object]) -> list[str]:
+    """Units whose output is one code everywhere, of every image of the batch: nothing goes through them any more.
+
+    forward: as for first_non_finite. Empty for a network that is not quantised.
+    """
+    if not isinstance(network, QuantizedModel):
+        return []
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(unit: Any, _: Any, result: Any) -> None:
+            results = result if isinstance(result, tuple) else (result,)
+            codes = [value.codes for value in results if isinstance(value, QTensor)]
+            if len(unit.outputs) and all(bool((tensor == tensor.flatten()[0]).all()) for tensor in codes):
+                found.append(name)
+
+        return hook
+
+    _pass_watched(network, watch, forward)
+    return found
+
+
+def parameter_names(network: nn.Module) -> dict[int, str]:
+    """What each parameter is called in a message, by its id: "conv1's weight step size", or its path."""
+    names = {id(parameter): name.removeprefix("body.") for name, parameter in network.named_parameters()}
+    if isinstance(network, QuantizedModel):
+        for unit, module in reversed(network.units().items()):  # a step size that several share is the first one's
+            for output in module.outputs:
+                assert isinstance(output, ActivationQuantizer)
+                names[id(output.step)] = f"{unit}'s output step size"
+            if isinstance(module, WeightedUnit):
+                names[id(module.weight_quantizer.step)] = f"{unit}'s weight step size"
+    return names
+
+
 def _first_activation(network: nn.Module, forward: Callable[[], object]) -> str | None:
     found: list[str] = []
 
@@ -42,6 +78,16 @@ def _first_activation(network: nn.Module, forward: Callable[[], object]) -> str 
 
         return hook
 
+    _pass_watched(network, watch, forward)
+    return found[0] if found else None
+
+
+def _pass_watched(
+    network: nn.Module,
+    watch: Callable[[str], Callable[[nn.Module, Any, Any], None]],
+    forward: Callable[[], object],
+) -> None:
+    """One forward pass with watch(name) as forward hook of every unit, or layer of a network without units."""
     handles = [module.register_forward_hook(watch(name)) for name, module in _watched(network)]
     try:
         with torch.no_grad():
@@ -51,7 +97,6 @@ def _first_activation(network: nn.Module, forward: Callable[[], object]) -> str 
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
 
 
 def _watched(network: nn.Module) -> Iterable[tuple[str, nn.Module]]:

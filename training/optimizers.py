@@ -70,12 +70,17 @@ def build_optimizer(model: nn.Module, schedule: ScheduleConfig, step_sizes: Iter
     )
 
 
+def warmup_steps(steps: int) -> int:
+    """How many of a schedule's `steps` warm up."""
+    return round(steps * WARMUP_SHARE)
+
+
 def learning_rate(base: float, step: int, steps: int) -> float:
     """Rate of step `step` (from 0) of a schedule of `steps`: a linear warm-up, then half a cosine down to nearly 0.
 
     Source of the cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983), eq. 5 without restarts.
     """
-    warmup = round(steps * WARMUP_SHARE)
+    warmup = warmup_steps(steps)
     if step < warmup:
         return base * (step + 1) / (warmup + 1)
     return base * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

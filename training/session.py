@@ -15,16 +15,17 @@ import torch
 from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, write_checkpoint
 from mecdeploy.training.data import Batch, step_count
 from mecdeploy.training.device import Readback
-from mecdeploy.training.diagnose import first_non_finite
+from mecdeploy.training.diagnose import constant_outputs, first_non_finite
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.evaluate import evaluate
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, TrainingInterrupted, WarningEvent
 from mecdeploy.training.interrupt import Interrupts
-from mecdeploy.training.optimizers import learning_rate, set_learning_rate
+from mecdeploy.training.optimizers import learning_rate, set_learning_rate, warmup_steps
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Loss, Stage, plan_stages
 from mecdeploy.training.state import State, Tally
+from mecdeploy.training.watch import LossWatch, SizeWatch
 
 
 class Session:
@@ -71,6 +72,7 @@ class Session:
         if stage.name == "deploy" and state.position.stage != "deploy":
             state.freeze()
         if state.position.epoch < stage.epochs:
+            self._losses, self._sizes = LossWatch(len(state.dataset.class_names)), SizeWatch(state.task.network)
             self._announce(stage.name, stage.epochs, stage.steps)
         while state.position.epoch < stage.epochs:
             self._run_epoch(stage)
@@ -99,8 +101,10 @@ class Session:
             images, seconds, clock = images + len(batch.labels), seconds + now - clock, now
             self._emit(dataclasses.replace(event, images_per_second=images / max(seconds, 1e-9)))
             if time.monotonic() - self._saved_at > 60.0 * config.schedule.save_minutes and event.step < event.steps:
+                self._require_training(stage)
                 self._save()
                 clock = time.perf_counter()
+        self._require_training(stage)
         self._end_epoch(stage)
 
     def _step(self, stage: Stage, batch: Batch) -> StepEvent:
@@ -113,7 +117,7 @@ class Session:
             torch.manual_seed(seed)
             return state.task.loss(batch, fraction=done / stage.schedule_steps, seed=seed)
 
-        self._consistent = False
+        self._consistent, self._forward = False, forward
         loss = forward()
         numbers = Readback([loss.total, loss.correct, *loss.terms.values()])
         state.optimizer.zero_grad(set_to_none=True)
@@ -121,10 +125,14 @@ class Session:
         total, correct, *values = numbers.values()
         terms = dict(zip(loss.terms, values, strict=True))
         if not all(math.isfinite(value) for value in (total, *values)):
-            raise self._broken(stage, total, terms, first_non_finite(state.task.network, forward))
+            parts = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
+            culprit = first_non_finite(state.task.network, forward)
+            raise self._failed(stage, step + 1, f"the loss is {total}", f" ({parts}): {culprit}")
         rate = learning_rate(stage.base_rate, done, stage.schedule_steps)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
+        self._losses.add(terms["task"], warming_up=done < warmup_steps(stage.schedule_steps))
+        self._sizes.look(epoch + 1, step + 1)
         state.tally.add(len(batch.labels), total, correct, terms)
         state.position = Position.of(stage.name, epoch, step + 1)
         self._consistent = True
@@ -245,16 +253,44 @@ class Session:
         where = saved or self.state.position
         return TrainingInterrupted(path, stage=where.stage, epoch=where.epoch, step=where.step)
 
-    def _broken(self, stage: Stage, total: float, terms: dict[str, float], culprit: str) -> TrainingError:
-        position = self.state.position
-        parts = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
-        key = "fp_learning_rate" if stage.name == "fp32" else "learning_rate"
+    def _require_training(self, stage: Stage) -> None:
+        """Raise TrainingError rather than save a network that is certain not to train."""
+        complaint = self._losses.complaint()
+        if complaint is not None:
+            silent = constant_outputs(self.state.task.network, self._forward)
+            dead = f"; every output of {', '.join(silent)} is one code" if silent else ""
+            raise self._failed(stage, self.state.position.step, "training diverged", f": {complaint}{dead}")
+
+    def _failed(self, stage: Stage, step: int, what: str, why: str) -> TrainingError:
+        epoch = self.state.position.epoch + 1
+        first = self._sizes.first(epoch, step)
+        why += "" if first is None else f"; {first}"
+        key, again = ("fp_learning_rate", "") if stage.name == "fp32" else ("learning_rate", ", schedule.fp_epochs = 0")
+        good = self._good()
+        keep = "" if good is None else f" and, to keep its full-precision weights, weights = {str(good)!r}{again}"
         return TrainingError(
-            f"the loss is {total} in stage {stage.name}, epoch {position.epoch + 1}, step {position.step + 1} "
-            f"({parts}): {culprit}. Lower schedule.{key} (now {stage.base_rate:g}). {self._last_good()}"
+            f"{what} in stage {stage.name}, epoch {epoch}, step {step}{why}. {self._last_good()} "
+            "Resumed, it would fail again: start another run with a lower "
+            f"schedule.{key} (now {stage.base_rate:g}){keep}."
         )
 
     def _last_good(self) -> str:
-        if self._saved is None:
-            return "There is no checkpoint yet."
-        return f"The last good checkpoint is {self.folder.path(self._saved).name}."
+        good = self._good()
+        if good is None:
+            return "There is no checkpoint yet." if self._saved is None else "No checkpoint is from before that."
+        return f"The last good checkpoint is {good.name}."
+
+    def _good(self) -> Path | None:
+        """The newest checkpoint of a network that trained when it was saved."""
+        for position in reversed(self.folder.positions()):
+            epoch = position.epoch + (position.step > 0)  # the one it is in, or that it ends
+            losses = [
+                record["terms"].get("task", 0.0)
+                for record in self.state.history
+                if (record["stage"], record["epoch"]) == (position.stage, epoch)
+            ]
+            if position.step and not losses:
+                losses = [self.state.tally.mean(self.state.tally.terms.get("task", 0.0))]
+            if all(loss <= self._losses.limit for loss in losses):
+                return self.folder.path(position)
+        return None

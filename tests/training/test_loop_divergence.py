@@ -1,21 +1,29 @@
 """A loss that is not finite: stop, say where and which unit, keep what was good."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import build_tiny, tiny_config, tiny_dataset
+from tiny_run import build_tiny, is_step, tiny_config, tiny_dataset, tiny_images
 from torch import nn
 
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.checkpoint import read_checkpoint
 from mecdeploy.training.config import QuantConfig
-from mecdeploy.training.diagnose import first_non_finite
+from mecdeploy.training.data.memory import MemorySource
+from mecdeploy.training.diagnose import constant_outputs, first_non_finite
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.events import StepEvent
+from mecdeploy.training.events import EpochEvent, StepEvent
 from mecdeploy.training.input_spec import InputSpec
+from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.loop import train
 from mecdeploy.training.preparation import prepare
+from mecdeploy.training.retention import CheckpointFolder
+from mecdeploy.training.seeding import derive_seed
+from mecdeploy.training.session import Session
+from mecdeploy.training.state import State
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -28,8 +36,9 @@ def test_a_rate_far_too_high_stops_full_precision(tmp_path):
     following = (1, len(taken) + 1)  # the step after the last one that was taken
     assert re.search(
         rf"the loss is (nan|inf) in stage fp32, epoch {following[0]}, step {following[1]} \(task (nan|inf)\): "
-        r"the activations of \w+ went non-finite first\. Lower schedule\.fp_learning_rate \(now 1e\+30\)\. "
-        r"There is no checkpoint yet\.",
+        r"the activations of \w+ went non-finite first(; \S+ went first, \S+ times its start at epoch 1, step \d)?\. "
+        r"There is no checkpoint yet\. Resumed, it would fail again: start another run with a lower "
+        r"schedule\.fp_learning_rate \(now 1e\+30\)\.$",
         str(stop.value),
     )
     assert list((tmp_path / "run").iterdir()) == []
@@ -39,8 +48,12 @@ def test_diverging_qat_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(TrainingError) as stop:
         train(tiny_config(learning_rate=1e38), tiny_dataset(), tmp_path / "run")
     assert "in stage qat, epoch 1, step" in str(stop.value)
-    assert "Lower schedule.learning_rate (now 1e+38)" in str(stop.value)
-    assert str(stop.value).endswith("The last good checkpoint is checkpoint-fp32-0002.safetensors.")
+    good = tmp_path / "run" / "checkpoint-fp32-0002.safetensors"
+    assert str(stop.value).endswith(
+        f"The last good checkpoint is {good.name}. Resumed, it would fail again: start another run with a lower "
+        f"schedule.learning_rate (now 1e+38) and, to keep its full-precision weights, weights = '{good}', "
+        "schedule.fp_epochs = 0."
+    )
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["checkpoint-fp32-0001.safetensors", "checkpoint-fp32-0002.safetensors"]
     for name in names:
@@ -119,3 +132,104 @@ def test_names_a_unit_whose_activations_overflow():
         model.unit("pool").output.step.fill_(10.0)
         model.unit("fc").weight_quantizer.step.fill_(3e38)  # their product is beyond float32, though neither is
     assert first_non_finite(model, lambda: model(pixels)) == "the activations of fc went non-finite first"
+
+
+def test_names_units_that_make_one_code_of_everything():
+    model, pixels = quantized()
+    assert constant_outputs(model, lambda: model(pixels)) == []
+    with torch.no_grad():
+        model.unit("pool").output.step.fill_(1e6)
+    assert constant_outputs(model, lambda: model(pixels)) == ["pool"]
+    assert constant_outputs(chain(), lambda: None) == []
+
+
+def test_a_loss_that_is_finite_and_hopeless_stops_before_it_is_saved(tmp_path, monkeypatch):
+    """At 150 times the usual rate the loss climbs far above guessing, and stays there."""
+    events = []
+    monkeypatch.setattr("mecdeploy.training.watch.WINDOW", 20)
+    config = tiny_config(learning_rate=3.0, epochs=30, keep_checkpoints=1)
+    with pytest.raises(TrainingError) as stop:
+        train(config, tiny_dataset(), tmp_path / "run", report=events.append)
+    found = re.search(
+        r"^training diverged in stage qat, epoch (\d+), step 3: the mean task loss of the last 20 steps is \S+, at "
+        r"the beginning it was \S+; 4\.61 is twice that of guessing(; every output of \S+( \S+)* is one code)?; "
+        r"\S+'s (weight|output) step size( \(channel \d+\))? went first, \S+ times its start at epoch \d+, step \d+\. "
+        r"The last good checkpoint is (checkpoint-\S+)\. Resumed, it would fail again: start another run with a lower "
+        r"schedule\.learning_rate \(now 3\) and, to keep its full-precision weights, weights = '(.*)', "
+        r"schedule\.fp_epochs = 0\.$",
+        str(stop.value),
+    )
+    assert found, str(stop.value)
+    epochs = [event for event in events if isinstance(event, EpochEvent)]
+    assert len(epochs) == 2 + int(found[1]) - 1  # the last is neither reported nor saved
+    good = Path(found[7])
+    assert good.name == found[6] and good.parent == tmp_path / "run"
+    saved = read_checkpoint(good).header
+    assert saved["history"][-1]["terms"]["task"] < 4.61
+    again = tiny_config(weights=str(good), fp_epochs=0)  # as the message says
+    train(again, tiny_dataset(), tmp_path / "again")
+
+
+def test_a_poisoned_batch_is_told_from_poisoned_weights(tmp_path):
+    class Poisoned(MemorySource):
+        """In the second step of stage qat no image has a label, and the mean of no losses is not a number."""
+
+        def batches(self, *args, **kwargs):
+            for index, batch in enumerate(super().batches(*args, **kwargs)):
+                poisoned = kwargs.get("seed") == derive_seed(0, "qat") and index == 1
+                yield replace(batch, labels=torch.full_like(batch.labels, -100)) if poisoned else batch
+
+    source = Poisoned(*tiny_images(45, seed=1), flip=True)
+    with pytest.raises(TrainingError) as stop:
+        train(tiny_config(), tiny_dataset(train=source), tmp_path / "run")
+    assert re.match(
+        r"the loss is nan in stage qat, epoch 1, step 2 \(task nan, .*\): every weight, step size and activation of "
+        r"this batch is finite\. The last good checkpoint is checkpoint-fp32-0002\.safetensors\.",
+        str(stop.value),
+    ), str(stop.value)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_step_size_is_named_with_where_it_stopped(tmp_path, poison):
+    events = []
+
+    def report(event):
+        events.append(event)
+        if is_step("qat", 2, 1)(event):
+            with torch.no_grad():
+                model = session.state.model
+                model.unit("conv2").weight_quantizer.step[4] = poison
+
+    session = captured_session(tmp_path / "run", report)
+    with pytest.raises(TrainingError) as stop:
+        session.run()
+    assert re.match(
+        r"the loss is nan in stage qat, epoch 2, step 2 \(.*\): the step size conv2\.weight_quantizer\.step is not "
+        r"finite; conv2's weight step size \(channel 4\) went first, (nan|inf) times its start at epoch 2, step 2\. "
+        r"The last good checkpoint is checkpoint-qat-0001\.safetensors\.",
+        str(stop.value),
+    ), str(stop.value)
+
+
+def captured_session(out, report):
+    """A run whose state the test can reach."""
+    config = tiny_config()
+    folder = CheckpointFolder(out)
+    folder.make_writable()
+    state = State(config, tiny_dataset(), torch.device("cpu"))
+    return Session(state, folder, report, Interrupts())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"label_smoothing": 0.9},
+        {"batch_size": 500, "epochs": 16},  # one step an epoch
+        {"learning_rate": 1e-9},  # nothing falls, nothing diverges
+        {"learning_rate": 0.5},
+    ],
+)
+def test_healthy_runs_are_left_alone(tmp_path, monkeypatch, schedule):
+    monkeypatch.setattr("mecdeploy.training.watch.WINDOW", 10)  # ten times as quick to judge as it is
+    result = train(tiny_config(**{"epochs": 8, **schedule}), tiny_dataset(), tmp_path / "run")
+    assert result.history[-1].stage == "deploy"
