@@ -19,7 +19,8 @@ from mecdeploy.training.data import decode_image
 from mecdeploy.training.data.decode import UnreadableImage
 from mecdeploy.training.data.order import Share
 from mecdeploy.training.data.source import Batch, ImageSource
-from mecdeploy.training.data.stream import StreamSource, _next_batch
+from mecdeploy.training.data.stream import StreamSource
+from mecdeploy.training.data.workers import _next
 from mecdeploy.training.errors import TrainingError
 
 # Python 3.12 and later warn about any fork of a process that has threads, which torch's have by then.
@@ -211,7 +212,7 @@ def test_an_error_of_ours_is_not_taken_for_a_killed_worker(text: str) -> None:
         yield
 
     with pytest.raises(RuntimeError) as refusal:
-        _next_batch(fail(), workers=1)
+        _next(fail(), workers=1)
     assert str(refusal.value) == text
 
 

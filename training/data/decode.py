@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,29 @@ from mecdeploy.training.errors import TrainingError
 _DEEP_GRAY = ("I", "I;16", "I;16L", "I;16B")  # 16 bits; which of these a PNG opens as depends on Pillow's version
 _GRAY = ("1", "L", "LA", *_DEEP_GRAY)
 _CHUNK = 256  # images per task: below that, passing tasks to threads costs as much as decoding 32x32 JPEGs
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of an image file that lies inside another file. name: asked what it is called, once that matters."""
+
+    data: bytes
+    name: Callable[[], str]
+
+
+ImageFile = str | os.PathLike[str] | EncodedImage
+
+
+class ImageFiles(Protocol):
+    """Image files by index. It is sent to worker processes, and must pickle small."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int, /) -> ImageFile:
+        """One of them; TrainingError if the file around it cannot be read."""
+        ...
 
 
 class UnreadableImage(TrainingError):
@@ -34,7 +60,7 @@ class UnreadableImage(TrainingError):
         return type(self), (self.path, self.reason)
 
 
-def decode_image(path: str | os.PathLike[str], *, channels: int, height: int, width: int) -> NDArray[np.uint8]:
+def decode_image(file: ImageFile, *, channels: int, height: int, width: int) -> NDArray[np.uint8]:
     """The pixels that validation and deployment see: uint8 [channels, height, width].
 
     The rule, for whoever has to repeat it (with Pillow; nothing else happens, EXIF orientation is not applied):
@@ -47,7 +73,7 @@ def decode_image(path: str | os.PathLike[str], *, channels: int, height: int, wi
     4. Cut out the centre: top = (resized height - height) // 2, left = (resized width - width) // 2.
     UnreadableImage (a TrainingError) if the file cannot be decoded.
     """
-    image = open_image(path, channels)
+    image = open_image(file, channels)
     size = (image.height, image.width)
     if size != (height, width):
         resized = covering_size(size, (height, width))
@@ -58,13 +84,13 @@ def decode_image(path: str | os.PathLike[str], *, channels: int, height: int, wi
 
 
 def decode_augmented(
-    path: str, *, channels: int, height: int, width: int, views: int, flip: bool, draw: random.Random
+    file: ImageFile, *, channels: int, height: int, width: int, views: int, flip: bool, draw: random.Random
 ) -> NDArray[np.uint8]:
     """Random resized crops of one image, mirrored half of the time if flip: uint8 [views, channels, height, width].
 
     View k depends on the state of `draw` and on k alone, not on how many views are asked for.
     """
-    image = open_image(path, channels)
+    image = open_image(file, channels)
     cut = []
     for _ in range(views):
         box = random_resized_box((image.height, image.width), (height, width), draw)
@@ -75,18 +101,18 @@ def decode_augmented(
 
 
 def decode_many(
-    paths: Sequence[str], *, channels: int, height: int, width: int
+    files: ImageFiles, *, channels: int, height: int, width: int
 ) -> tuple[NDArray[np.uint8], list[UnreadableImage]]:
-    """`decode_image` of every path, on all cores: uint8 [n, channels, height, width] and what could not be read.
+    """`decode_image` of every file, on all cores: uint8 [n, channels, height, width] and what could not be read.
 
     The row of an unreadable image is zeros.
     """
-    pixels = np.zeros((len(paths), channels, height, width), np.uint8)
+    pixels = np.zeros((len(files), channels, height, width), np.uint8)
 
     def decode(index: int) -> None:
-        pixels[index] = decode_image(paths[index], channels=channels, height=height, width=width)
+        pixels[index] = decode_image(files[index], channels=channels, height=height, width=width)
 
-    return pixels, _for_each(paths, decode)
+    return pixels, _for_each(len(files), decode)
 
 
 def raise_first(refused: Sequence[UnreadableImage]) -> None:
@@ -96,24 +122,24 @@ def raise_first(refused: Sequence[UnreadableImage]) -> None:
         raise UnreadableImage(refused[0].path, refused[0].reason + more)
 
 
-def find_unreadable(paths: Sequence[str], channels: int) -> list[UnreadableImage]:
+def find_unreadable(files: ImageFiles, channels: int) -> list[UnreadableImage]:
     """Every file that `open_image` refuses, by reading each to its end, on all cores."""
-    return _for_each(paths, lambda index: open_image(paths[index], channels, smallest=True))
+    return _for_each(len(files), lambda index: open_image(files[index], channels, smallest=True))
 
 
-def probe_image(path: str) -> tuple[int, int, bool]:
+def probe_image(file: ImageFile) -> tuple[int, int, bool]:
     """Height, width and whether the image is grayscale (1, 8 or 16 bits, with or without alpha), from its header."""
-    with _refusals(path), Image.open(path) as image:
+    with _refusals(file), Image.open(_readable(file)) as image:
         return image.height, image.width, image.mode in _GRAY
 
 
-def open_image(path: str | os.PathLike[str], channels: int, *, smallest: bool = False) -> Image.Image:
+def open_image(file: ImageFile, channels: int, *, smallest: bool = False) -> Image.Image:
     """Decode a whole file to mode L (1 channel) or RGB (3). smallest: a JPEG may come at an eighth of its size."""
     mode = "L" if channels == 1 else "RGB"
-    with _refusals(path), Image.open(path) as file:
+    with _refusals(file), Image.open(_readable(file)) as opened:
         if smallest:
-            file.draft(None, (1, 1))
-        image: Image.Image = file
+            opened.draft(None, (1, 1))
+        image: Image.Image = opened
         if image.mode in _DEEP_GRAY:
             image = Image.fromarray((np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8))
         elif image.mode == "F":
@@ -129,17 +155,25 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _readable(file: ImageFile) -> str | os.PathLike[str] | io.BytesIO:
+    return io.BytesIO(file.data) if isinstance(file, EncodedImage) else file
+
+
+def _name(file: ImageFile) -> str:
+    return file.name() if isinstance(file, EncodedImage) else os.fspath(file)
+
+
 @contextmanager
-def _refusals(path: str | os.PathLike[str]) -> Iterator[None]:
+def _refusals(file: ImageFile) -> Iterator[None]:
     try:
         yield
     except (MemoryError, UnreadableImage):
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(os.fspath(path), "of no known image format") from None
+        raise UnreadableImage(_name(file), "of no known image format") from None
     except Exception as error:  # Pillow's decoders raise nearly every type there is for a damaged file
         lines = str(getattr(error, "strerror", None) or error).splitlines()
-        raise UnreadableImage(os.fspath(path), lines[0] if lines else type(error).__name__) from None
+        raise UnreadableImage(_name(file), lines[0] if lines else type(error).__name__) from None
 
 
 def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
@@ -147,12 +181,12 @@ def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _for_each(paths: Sequence[str], work: Callable[[int], object]) -> list[UnreadableImage]:
-    """Call work(index) for every path on threads (Pillow decodes outside the lock); what was unreadable, in order."""
+def _for_each(count: int, work: Callable[[int], object]) -> list[UnreadableImage]:
+    """Call work(index) for every index on threads (Pillow decodes outside the lock); what was unreadable, in order."""
 
     def run(first: int) -> list[UnreadableImage]:
         refused = []
-        for index in range(first, min(first + _CHUNK, len(paths))):
+        for index in range(first, min(first + _CHUNK, count)):
             try:
                 work(index)
             except UnreadableImage as error:
@@ -161,6 +195,6 @@ def _for_each(paths: Sequence[str], work: Callable[[int], object]) -> list[Unrea
 
     pool = ThreadPoolExecutor(usable_cores())
     try:
-        return [error for refused in pool.map(run, range(0, len(paths), _CHUNK)) for error in refused]
+        return [error for refused in pool.map(run, range(0, count, _CHUNK)) for error in refused]
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C stops at once

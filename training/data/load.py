@@ -8,11 +8,15 @@ from pathlib import Path
 
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.data.builtin import load_cifar10, load_cifar100, load_digits, load_fashion_mnist
+from mecdeploy.training.data.folder import TRAIN
 from mecdeploy.training.data.image_folder import load_image_folder
+from mecdeploy.training.data.shards import load_shards
 from mecdeploy.training.data.source import ImageDataset
 from mecdeploy.training.errors import TrainingError
 
 FOLDER_PREFIX = "imagefolder:"
+SHARDS_PREFIX = "shards:"
+_IN_A_FOLDER = {FOLDER_PREFIX: load_image_folder, SHARDS_PREFIX: load_shards}
 _NAMED: dict[str, Callable[[DataConfig], ImageDataset]] = {
     "digits": load_digits,
     "cifar10": load_cifar10,
@@ -22,22 +26,23 @@ _NAMED: dict[str, Callable[[DataConfig], ImageDataset]] = {
 
 
 def available_datasets() -> tuple[str, ...]:
-    """Every name that `load_dataset` knows, and the form of the one that takes a path."""
-    return (*_NAMED, f"{FOLDER_PREFIX}PATH")
+    """Every name that `load_dataset` knows, and the form of those that take a path."""
+    return (*_NAMED, *(f"{prefix}PATH" for prefix in _IN_A_FOLDER))
 
 
 def load_dataset(config: DataConfig, *, seed: int) -> ImageDataset:
     """Load, and where need be download, split or decode, the data set that config.name names.
 
     No seed moves an image between training and validation; `seed` only draws the images that the pixel statistics of a
-    streamed folder are taken from. TrainingError for an unknown name, missing or damaged files, or an image_size for a
+    streamed set are taken from. TrainingError for an unknown name, missing or damaged files, or an image_size for a
     set of fixed size.
     """
-    if config.name.startswith(FOLDER_PREFIX):
-        path = config.name.removeprefix(FOLDER_PREFIX)
-        if not path:
-            raise TrainingError("data.name is 'imagefolder:' without a path; write imagefolder:PATH.")
-        return load_image_folder(Path(path).expanduser(), config, seed=seed)
+    for prefix, load in _IN_A_FOLDER.items():
+        if config.name.startswith(prefix):
+            path = config.name.removeprefix(prefix)
+            if not path:
+                raise TrainingError(f"data.name is {prefix!r} without a path; write {prefix}PATH.")
+            return load(Path(path).expanduser(), config, seed=seed)
     if config.name not in _NAMED:
         raise TrainingError(_unknown(config.name))
     dataset = _NAMED[config.name](config)
@@ -51,8 +56,10 @@ def load_dataset(config: DataConfig, *, seed: int) -> ImageDataset:
 
 def _unknown(name: str) -> str:
     hint = ""
-    if close := difflib.get_close_matches(name.lower(), (*_NAMED, FOLDER_PREFIX.rstrip(":")), n=1):
-        hint = f" Did you mean {close[0] if close[0] in _NAMED else FOLDER_PREFIX + 'PATH'}?"
+    spellings = {prefix.rstrip(":"): f"{prefix}PATH" for prefix in _IN_A_FOLDER} | {known: known for known in _NAMED}
+    if close := difflib.get_close_matches(name.lower(), spellings, n=1):
+        hint = f" Did you mean {spellings[close[0]]}?"
     if name and Path(name).expanduser().is_dir():
-        hint = f" It is a folder: write {FOLDER_PREFIX}{name}."
+        shards = any((Path(name).expanduser() / TRAIN).glob("*.tar"))
+        hint = f" It is a folder: write {SHARDS_PREFIX if shards else FOLDER_PREFIX}{name}."
     return f"data.name is {name!r}, which is no known data set.{hint} Choose one of {', '.join(available_datasets())}."
