@@ -44,7 +44,10 @@ def cli(context: click.Context) -> None:
     "--config", "config_file", type=_PATH, metavar="run.toml", help="Settings file; the flags below override it."
 )
 @click.option(
-    "--data", "data__name", metavar="NAME", help="digits, cifar10, cifar100, fashion-mnist or imagefolder:PATH."
+    "--data",
+    "data__name",
+    metavar="NAME",
+    help="digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH or shards:PATH.",
 )
 @click.option(
     "--skip-bad-images", "data__skip_bad_images", is_flag=True, default=None, help="Leave out unreadable images."

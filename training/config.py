@@ -38,10 +38,11 @@ def _require_at_least(key: str, value: float, minimum: float) -> None:
 class DataConfig:
     """Which images.
 
-    name: digits, cifar10, cifar100, fashion-mnist, or imagefolder:PATH (PATH/train/<class>/*, PATH/val|test/<class>/*).
+    name: digits, cifar10, cifar100, fashion-mnist, imagefolder:PATH (PATH/train/<class>/*, PATH/val|test/<class>/*),
+    or shards:PATH (PATH/train/*.tar, PATH/val|test/*.tar in the WebDataset format).
     root: where torchvision keeps (and downloads) its data sets.
     image_size: side in pixels; 0 means the images' own size when all agree, else 224, unless
-    none is larger than 64 pixels: then it has to be given.
+    none is larger than 64 pixels: then it has to be given. For shards, 0 means 224.
     validation_fraction: carved from the training images when a folder has no val or test part.
     augment: random crops while training. flip: and mirrored images, where classes survive it (never digits, nor
     grayscale folders, which tend to hold characters).

@@ -314,4 +314,5 @@ def test_sets_of_a_fixed_size_are_not_resized() -> None:
 
 
 def test_the_names() -> None:
-    assert available_datasets() == ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH")
+    names = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH", "shards:PATH")
+    assert available_datasets() == names

@@ -180,6 +180,7 @@ def test_no_path() -> None:
         ("CIFAR100", " Did you mean cifar100?"),
         ("fashion_mnist", " Did you mean fashion-mnist?"),
         ("imagefolder", " Did you mean imagefolder:PATH?"),
+        ("shard", " Did you mean shards:PATH?"),
         ("digit", " Did you mean digits?"),
         ("zzz", ""),
         ("", ""),
@@ -190,7 +191,7 @@ def test_an_unknown_name(name: str, hint: str) -> None:
         load_dataset(DataConfig(name=name), seed=0)
     assert str(caught.value) == (
         f"data.name is {name!r}, which is no known data set.{hint} Choose one of digits, cifar10, cifar100, "
-        "fashion-mnist, imagefolder:PATH."
+        "fashion-mnist, imagefolder:PATH, shards:PATH."
     )
 
 

@@ -95,6 +95,8 @@ def _samples(path: Path, handle: int) -> Iterator[tuple[str, int, int, int]]:
             image, label = sample[images[0]], sample[LABEL_EXTENSION]
             text = os.pread(handle, min(label.size, BLOCK), label.offset_data)
             yield image.name, image.offset_data // BLOCK, image.size, _label(path, label.name, text)
+    except TrainingError:  # which is a ValueError too
+        raise
     except ValueError as error:  # group_by_keys: one sample has two members of a name
         member = str(error.args[0]).rsplit(": duplicate", 1)[0]
         raise TrainingError(f"'{path}/{member}' occurs twice; write the shard again.") from None
@@ -105,7 +107,7 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[misc]  # else it keeps them all
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
                 if member.isreg() and not _META.match(member.name):
                     yield {"fname": member.name, "data": member, "__url__": str(path)}
             end = tar.offset

@@ -141,7 +141,8 @@ def _write(
             os.replace(temporary, place)
         except Exception as error:  # safetensors raises its own for what the system refuses
             failure = error
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
         else:
             return _read(folder, place)
     raise TrainingError(f"the index of {str(folder)!r} cannot be written to {str(places[-1])!r}: {failure}.")
@@ -162,10 +163,10 @@ def _read(folder: Path, path: Path) -> ShardIndex:
     metadata = header["__metadata__"]
     if metadata["format"] != str(_FORMAT):
         raise ValueError(metadata["format"])
-    columns = [_map(path, header[name], 8 + length) for name in COLUMNS]
+    columns = {name: _map(path, header[name], 8 + length) for name in COLUMNS}
     shards = tuple(Shard(**shard) for shard in json.loads(metadata["shards"]))
     ends = np.cumsum([shard.count for shard in shards], dtype=np.int64)
-    return ShardIndex(folder, path, shards, tuple(json.loads(metadata["refused"])), *columns, ends)
+    return ShardIndex(folder, path, shards, tuple(json.loads(metadata["refused"])), ends=ends, **columns)
 
 
 def _map(path: Path, entry: dict[str, Any], start: int) -> NDArray[np.uint32]:
