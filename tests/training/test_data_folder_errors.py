@@ -28,7 +28,7 @@ def test_small_images_of_many_sizes_need_an_image_size(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 3, "b": 3}, size=(30, 50))
     put(tmp_path / "b" / "x.png", (28, 64))
     text = refusal(tmp_path)
-    assert "is 50x30, " in text and "x.png' is 64x28. Set data.image_size (--image-size) to " in text
+    assert "is 50x30, " in text and "x.png' is 64x28. Set data.image_size to " in text
     assert text.startswith("images differ in size: '") and text.endswith(
         " the side they shall be resized to, such as 64."
     )

@@ -106,7 +106,7 @@ def survey(folder: ImageFolder, *, image_size: int, skip_unreadable: bool) -> Sh
     other, second = others[0]
     raise TrainingError(
         f"images differ in size: {first!r} is {one[1]}x{one[0]}, {second!r} is {other[1]}x{other[0]}. Set "
-        f"data.image_size (--image-size) to the side they shall be resized to, such as {_largest(sizes)}."
+        f"data.image_size to the side they shall be resized to, such as {_largest(sizes)}."
     )
 
 
