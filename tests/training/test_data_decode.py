@@ -18,6 +18,7 @@ from mecdeploy.training.data.decode import (
     decode_augmented,
     probe_image,
 )
+from mecdeploy.training.data.geometry import random_resized_box
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -214,6 +215,31 @@ def test_views_differ_and_the_first_does_not_depend_on_the_second(tmp_path: Path
     one = decode_augmented(path, channels=3, height=8, width=8, views=1, flip=True, draw=random.Random(4))
     two = decode_augmented(path, channels=3, height=8, width=8, views=2, flip=True, draw=random.Random(4))
     assert np.array_equal(one[0], two[0]) and not np.array_equal(two[0], two[1])
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path: Path) -> None:
+    """The witness: the same box, cut from what Pillow decodes at each of a JPEG's four sizes."""
+    waves = np.add.outer(np.sin(np.arange(300) / 9), np.cos(np.arange(400) / 7))
+    path = str(save(tmp_path / "x.jpg", Image.fromarray((127 + 60 * waves).astype(np.uint8)).convert("RGB")))
+    found = []
+    for seed in range(40):
+        views = decode_augmented(path, channels=3, height=50, width=60, views=2, flip=False, draw=random.Random(seed))
+        draw = random.Random(seed)
+        for view in views:
+            left, top, right, bottom = random_resized_box((300, 400), (50, 60), draw)
+            draw.random()
+            shrink = 8
+            while shrink > 1 and ((right - left) / shrink < 60 or (bottom - top) / shrink < 50):
+                shrink //= 2
+            with Image.open(path) as image:
+                image.draft(None, (400 // shrink, 300 // shrink))
+                assert image.size == (-(-400 // shrink), -(-300 // shrink))
+                across, down = image.width / 400, image.height / 300
+                box = (left * across, top * down, right * across, bottom * down)
+                expected = np.asarray(image.resize((60, 50), Image.Resampling.BILINEAR, box=box))
+            assert np.array_equal(view.transpose(1, 2, 0), expected)
+            found.append(shrink)
+    assert set(found) == {1, 2, 4}
 
 
 def test_a_one_pixel_image_can_be_augmented(tmp_path: Path) -> None:

@@ -88,14 +88,27 @@ def decode_augmented(
 ) -> NDArray[np.uint8]:
     """Random resized crops of one image, mirrored half of the time if flip: uint8 [views, channels, height, width].
 
-    View k depends on the state of `draw` and on k alone, not on how many views are asked for.
+    View k depends on the state of `draw` and on k alone, not on how many views are asked for. A JPEG is decoded at a
+    half, a quarter or an eighth of its size where its crop still has as many pixels then as it is resized to.
     """
-    image = open_image(file, channels)
+    full_height, full_width, _ = probe_image(file)
+    images: dict[int, Image.Image] = {}  # by how much they are shrunk
     cut = []
     for _ in range(views):
-        box = random_resized_box((image.height, image.width), (height, width), draw)
+        box = random_resized_box((full_height, full_width), (height, width), draw)
         mirrored = draw.random() < 0.5
-        pixels = _channels_first(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        shrink = _largest_shrink(box, height, width)
+        if shrink not in images:
+            images[shrink] = open_image(file, channels, shrink=shrink)
+        image = images[shrink]
+        across, down = image.width / full_width, image.height / full_height  # 1, or close to 1 / shrink
+        scaled = (
+            box[0] * across,
+            box[1] * down,
+            min(box[2] * across, image.width),
+            min(box[3] * down, image.height),
+        )
+        pixels = _channels_first(image.resize((width, height), Image.Resampling.BILINEAR, box=scaled))
         cut.append(pixels[:, :, ::-1] if mirrored and flip else pixels)
     return np.stack(cut)
 
@@ -124,7 +137,7 @@ def raise_first(refused: Sequence[UnreadableImage]) -> None:
 
 def find_unreadable(files: ImageFiles, channels: int) -> list[UnreadableImage]:
     """Every file that `open_image` refuses, by reading each to its end, on all cores."""
-    return _for_each(len(files), lambda index: open_image(files[index], channels, smallest=True))
+    return _for_each(len(files), lambda index: open_image(files[index], channels, shrink=8))
 
 
 def probe_image(file: ImageFile) -> tuple[int, int, bool]:
@@ -133,12 +146,12 @@ def probe_image(file: ImageFile) -> tuple[int, int, bool]:
         return image.height, image.width, image.mode in _GRAY
 
 
-def open_image(file: ImageFile, channels: int, *, smallest: bool = False) -> Image.Image:
-    """Decode a whole file to mode L (1 channel) or RGB (3). smallest: a JPEG may come at an eighth of its size."""
+def open_image(file: ImageFile, channels: int, *, shrink: int = 1) -> Image.Image:
+    """Decode a whole file to mode L (1 channel) or RGB (3). shrink: 1, 2, 4 or 8; a JPEG may be smaller by that."""
     mode = "L" if channels == 1 else "RGB"
     with _refusals(file), Image.open(_readable(file)) as opened:
-        if smallest:
-            opened.draft(None, (1, 1))
+        if shrink > 1:
+            opened.draft(None, (max(1, opened.width // shrink), max(1, opened.height // shrink)))
         image: Image.Image = opened
         if image.mode in _DEEP_GRAY:
             image = Image.fromarray((np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8))
@@ -153,6 +166,12 @@ def open_image(file: ImageFile, channels: int, *, smallest: bool = False) -> Ima
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _largest_shrink(box: tuple[int, int, int, int], height: int, width: int) -> int:
+    """By how much an image may be shrunk such that its box (left, top, right, bottom) is no smaller than the target."""
+    left, top, right, bottom = box
+    return max((by for by in (2, 4, 8) if right - left >= by * width and bottom - top >= by * height), default=1)
 
 
 def _readable(file: ImageFile) -> str | os.PathLike[str] | io.BytesIO:

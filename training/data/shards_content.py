@@ -70,7 +70,7 @@ def member_name(shard: Path, block: int) -> str:
 
 def _decodes(data: bytes) -> bool:
     try:
-        open_image(EncodedImage(data, str), channels=3, smallest=True)
+        open_image(EncodedImage(data, str), channels=3, shrink=8)
     except UnreadableImage:
         return False
     return True
