@@ -201,7 +201,7 @@ def test_long_names_of_any_tar_writer_are_understood(tmp_path: Path) -> None:
 
 def test_names_of_classes_sizes_and_colours(tmp_path: Path) -> None:
     fill(tmp_path, mode="L")
-    (tmp_path / "classes.txt").write_text("ant\nbee\n\ncat\n")
+    (tmp_path / "classes.txt").write_text("ant\nbee\n cat\n\n")
     data = load(tmp_path, image_size=0)
     assert data.class_names == ("ant", "bee", "cat")
     assert (data.channels, data.height, data.width) == (1, 224, 224)
@@ -219,7 +219,7 @@ def test_the_statistics_come_from_a_sample_drawn_by_the_seed(root: Path, monkeyp
 
 def test_the_index_is_made_once_and_shared_through_its_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(root)
-    assert (root / "train" / ".mecdeploy-index.safetensors").exists()
+    assert (root / "train" / ".mecdeploy-index.safetensors").stat().st_mode & 0o777 == 0o644
     monkeypatch.setattr("mecdeploy.training.data.shards_index.read_shard", pytest.fail)
     index = open_index(root / "train", checked=False, workers=0)
     assert len(pickle.dumps(ShardFiles(index))) < 1000

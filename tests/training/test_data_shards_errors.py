@@ -186,7 +186,15 @@ def test_one_class(tmp_path: Path) -> None:
 def test_a_class_named_twice(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / "classes.txt").write_text("ant\nbee\nant\n")
-    assert refusal(tmp_path) == f"'{tmp_path / 'classes.txt'}' holds 'ant' twice; a line is a class."
+    assert refusal(tmp_path) == f"'{tmp_path / 'classes.txt'}' holds 'ant' twice, in lines 1 and 3."
+
+
+def test_classes_that_cannot_be_read(tmp_path: Path) -> None:
+    classes = fill(tmp_path) / "classes.txt"
+    classes.write_text("ant\n\nbee\ncat\n")  # leaving the line out would give bee the label of cat
+    assert refusal(tmp_path) == f"'{classes}': line 2 is empty; each line names a class."
+    classes.write_bytes(b"\xff\xfe")
+    assert refusal(tmp_path).startswith(f"'{classes}' cannot be read as UTF-8 text: ")
 
 
 # While training

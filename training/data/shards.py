@@ -84,9 +84,7 @@ def _class_names(root: Path, parts: dict[str, ShardIndex]) -> tuple[str, ...]:
     """The names of the classes; TrainingError if the labels do not fit them."""
     file = root / CLASSES_FILE
     if file.exists():
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise TrainingError(f"{str(file)!r} holds {repeated[0]!r} twice; a line is a class.")
+        names = _read_names(file)
     else:
         names = tuple(str(label) for label in range(1 + max(int(index.labels.max()) for index in parts.values())))
     if len(names) < 2:
@@ -103,6 +101,21 @@ def _class_names(root: Path, parts: dict[str, ShardIndex]) -> tuple[str, ...]:
             f"class {int(empty[0])} ({names[empty[0]]!r}) has no image in {str(root / TRAIN)!r} ({len(empty)} of "
             f"{len(names)} classes have none); labels are counted from 0."
         )
+    return names
+
+
+def _read_names(file: Path) -> tuple[str, ...]:
+    """The lines of a file; TrainingError for an empty one or one that comes twice."""
+    try:
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{str(file)!r} cannot be read as UTF-8 text: {error}.") from None
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise TrainingError(f"{str(file)!r}: line {number} is empty; each line names a class.")
+        if first.setdefault(name, number) != number:
+            raise TrainingError(f"{str(file)!r} holds {name!r} twice, in lines {first[name]} and {number}.")
     return names
 
 

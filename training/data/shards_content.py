@@ -111,7 +111,7 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
                 if member.isreg() and not _META.match(member.name):
                     yield {"fname": member.name, "data": member, "__url__": str(path)}
             end = tar.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # ValueError: a damaged extended header
         raise TrainingError(
             f"{str(path)!r} is no whole, uncompressed tar file ({error}); copy or write it again."
         ) from None

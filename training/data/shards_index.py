@@ -136,6 +136,7 @@ def _write(
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             save_file(columns, temporary, metadata)
+            temporary.chmod(0o644)  # safetensors makes it the owner's alone
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, place)
