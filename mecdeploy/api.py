@@ -16,7 +16,7 @@ from mecdeploy import __version__, run_folder
 from mecdeploy.config import require_same_run, to_toml
 from mecdeploy.errors import UserError
 from mecdeploy.training.config import TrainConfig
-from mecdeploy.training.events import EpochEvent, Event, StageEvent
+from mecdeploy.training.events import EpochEvent, Event, StageEvent, WarningEvent
 
 _DIGEST = "mecdeploy.checkpoint_sha256"
 
@@ -84,12 +84,15 @@ def train(
         choose_device(config.device)  # before minutes of decoding images, not after
         dataset = load_dataset(config.data, seed=config.seed)
 
-        def record(event: Event) -> None:
-            _record(folder.metrics, event)
-            if report is not None:
-                report(event)
+        tell = report or (lambda event: None)
 
-        return run_stages(config, dataset, path, resume=resume, report=record, accept=_require_exportable)
+        def record(event: Event) -> None:
+            _record(folder.metrics, event, tell)
+            tell(event)
+
+        result = run_stages(config, dataset, path, resume=resume, report=record, accept=_require_exportable)
+        _complete(folder.metrics, result, tell)
+        return result
 
 
 def _require_exportable(model: QuantizedModel) -> None:
@@ -280,14 +283,32 @@ def _on_disk(source: ImageSource) -> NDArray[np.uint8]:
     return stacked
 
 
-def _record(metrics: run_folder.Metrics, event: Event) -> None:
-    """Keep metrics.jsonl in step with the run: one line per epoch, none twice after a resume."""
-    if isinstance(event, StageEvent):
-        here = event.stages.index(event.stage)
-        done = {stage: run_folder.ALL for stage in event.stages[:here]}
-        metrics.trim({**done, event.stage: event.epoch})
-    elif isinstance(event, EpochEvent):
-        metrics.append(dataclasses.asdict(event))
+def _record(metrics: run_folder.Metrics, event: Event, tell: Callable[[Event], None]) -> None:
+    """Keep metrics.jsonl in step with the run: one line per epoch, none twice after a resume.
+
+    A full disk costs lines, not the run: `tell` gets a warning, and `_complete` writes what is missing.
+    """
+    try:
+        if isinstance(event, StageEvent):
+            here = event.stages.index(event.stage)
+            done = {stage: run_folder.ALL for stage in event.stages[:here]}
+            metrics.trim({**done, event.stage: event.epoch})
+        elif isinstance(event, EpochEvent):
+            metrics.append(dataclasses.asdict(event))
+    except OSError as error:
+        tell(_unwritten(error, "training goes on, and writes its missing lines at the end."))
+
+
+def _complete(metrics: run_folder.Metrics, result: TrainResult, tell: Callable[[Event], None]) -> None:
+    """After the run, metrics.jsonl holds every epoch once, whatever befell it on the way."""
+    try:
+        metrics.replace(dataclasses.asdict(event) for event in result.history)
+    except OSError as error:
+        tell(_unwritten(error, "make room and resume the finished run to have it completed."))
+
+
+def _unwritten(error: OSError, consequence: str) -> WarningEvent:
+    return WarningEvent(message=f"{run_folder.METRICS} could not be written ({error.strerror or error}); {consequence}")
 
 
 def _describe(path: Path, content: bytes, target: str, input: str) -> ExportReport:

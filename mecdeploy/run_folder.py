@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,24 +56,35 @@ class Metrics:
         self._path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line and flush it to the disk."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add one line and flush it to the disk. Raises OSError where it has no room, leaving no part of a line."""
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._path, size)
+            raise
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole record; a line that a crash cut short is skipped."""
         records = []
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []:
             with suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
         return records
 
     def trim(self, keep: Mapping[str, int]) -> None:
         """On resume, drop the epochs that will be trained again: keep[stage] epochs stay, of other stages none."""
-        kept = [record for record in self.read() if record["epoch"] <= keep.get(record["stage"], 0)]
-        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self.replace(record for record in self.read() if record["epoch"] <= keep.get(record["stage"], 0))
+
+    def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Hold these records, in a file written anew unless it holds them already."""
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        if not self._path.is_file() or self._path.read_bytes() != content:
+            write_atomically(self._path, content)
 
 
 class RunFolder:
@@ -104,7 +115,7 @@ def require_run(path: Path) -> RunFolder:
 def require_absent(path: Path) -> None:
     """Refuse a folder that holds anything, and a path that is a file."""
     if path.is_dir():
-        if any(path.iterdir()):
+        if set(path.iterdir()) - set(_leftovers(path)):
             hint = "add --resume to continue it, or choose another --out" if (path / CONFIG).is_file() else ""
             raise UserError(f"{path} is not empty; {hint or 'choose another --out'}.")
     elif path.exists():
@@ -121,6 +132,7 @@ def create(path: Path, config: TrainConfig) -> Iterator[RunFolder]:
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             require_absent(path)
+            _remove_leftovers(path)
             write_atomically(path / CONFIG, to_toml(config).encode())
             try:
                 yield folder
@@ -139,7 +151,19 @@ def reopen(path: Path) -> Iterator[RunFolder]:
     """An existing run's folder, to resume it. Raises UserError where there is none or another process writes to it."""
     folder = require_run(path)
     with _locked(path):
+        _remove_leftovers(path)
         yield folder
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """What a killed process left of a file of ours that it was writing; nobody else writes these."""
+    return [found for name in (CONFIG, METRICS) for found in path.glob(f".{name}.*.tmp")]
+
+
+def _remove_leftovers(path: Path) -> None:
+    for found in _leftovers(path):
+        with suppress(OSError):
+            found.unlink()
 
 
 @contextmanager

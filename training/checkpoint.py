@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +103,14 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[
         try:
             save_file(copies, temporary, metadata=metadata)
         except SafetensorError as error:
-            raise OSError(f"{path.name} could not be written: {error}") from error
+            raise OSError(str(error)) from error
         temporary.chmod(mode)
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the error to tell is the first one
+            temporary.unlink()
         raise
     _sync_folder(path.parent)
 

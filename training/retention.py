@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class CheckpointFolder:
             keep.add(max(scored)[1])
         for position in positions:
             if position not in keep:
-                self.path(position).unlink(missing_ok=True)
+                with suppress(OSError):  # what cannot be removed costs room, and is tried again
+                    self.path(position).unlink()
 
     def _known_merits(self, position: Position) -> tuple[bool, float | None]:
         if position not in self._merits:

@@ -130,3 +130,41 @@ def test_metrics_of_epochs_to_be_repeated_go(tmp_path: Path) -> None:
             metrics.append({"stage": stage, "epoch": epoch})
     metrics.trim({"fp32": ALL, "qat": 1})
     assert [(record["stage"], record["epoch"]) for record in metrics.read()] == [("fp32", 1), ("fp32", 2), ("qat", 1)]
+
+
+def test_a_line_that_has_no_room_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for epoch in (1, 2):
+        metrics.append({"stage": "fp32", "epoch": epoch})
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(os, "fsync", full_disk)
+            metrics.append({"stage": "fp32", "epoch": 99})
+    content = '{"stage": "fp32", "epoch": 1}\n{"stage": "fp32", "epoch": 2}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == content
+
+
+def test_metrics_that_are_right_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.trim({})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    metrics.append({"stage": "fp32", "epoch": 1})
+    monkeypatch.setattr(os, "fsync", full_disk)
+    metrics.trim({"fp32": ALL})
+    metrics.replace([{"stage": "fp32", "epoch": 1}])
+    with pytest.raises(OSError, match="No space left"):
+        metrics.trim({})
+
+
+@pytest.mark.parametrize("name", ["run.toml", "metrics.jsonl"])
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path, name: str) -> None:
+    (tmp_path / f".{name}.123.tmp").write_text("half")
+    (tmp_path / ".mine.tmp").write_text("not ours")
+    with pytest.raises(UserError, match="is not empty; choose another --out"), create(tmp_path, CONFIG):
+        pytest.fail("opened")
+    (tmp_path / ".mine.tmp").unlink()
+    with create(tmp_path, CONFIG):
+        (tmp_path / "checkpoint-fp32-0001.safetensors").touch()
+    assert not (tmp_path / f".{name}.123.tmp").exists()
+    (tmp_path / f".{name}.123.tmp").write_text("half")
+    with reopen(tmp_path):
+        assert not (tmp_path / f".{name}.123.tmp").exists()
