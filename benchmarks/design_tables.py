@@ -1,4 +1,4 @@
-"""Tables of what decided a design: forms of swish, a normalisation folded, tracers."""
+"""Tables of what decided a design: forms of swish, a normalisation folded, tracers, the guard of the step sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ FORMS = {
     "float": "swish in float",
     "table": "any function: a table, through Gather",
 }
+NETWORKS = {"resnet8": "resnet8", "pooled": "logits end in a pool"}
 STAGES = {
     "float": "float network, as trained",
     "float_folded": "float network, folded",
@@ -37,6 +38,31 @@ def normalization(result: Result) -> str:
         f"{result['fp_epochs']} epochs in full precision, {result['epochs']} of QAT.\n"
     )
     return table(("resnet8", "accuracy, %"), rows, left=1) + run + measured_on(result)
+
+
+def step_guard(result: Result) -> str:
+    """Accuracy and collapsed step sizes at each learning rate, without the guard and with it."""
+    head = ("network", "width", "learning rate", "accuracy without, %", "with, %", "step sizes at the floor", "with")
+    rows = []
+    runs = result["runs"]
+    for network, words in NETWORKS.items():
+        for bits in sorted({run["bits"] for run in runs}):
+            for rate in sorted({run["rate"] for run in runs}):
+                settings = {"network": network, "bits": bits, "rate": rate}
+                same = [run for run in runs if settings.items() <= run.items()]
+                without, guarded = ([run for run in same if run["guarded"] is value] for value in (False, True))
+                accuracies = [
+                    f"{100 * sum(run['accuracy'] for run in part) / len(part):.1f}" for part in (without, guarded)
+                ]
+                floors = [str(sum(run["collapsed"] for run in part)) for part in (without, guarded)]
+                rows.append((words, f"W{bits}A{bits}", f"{rate:g}", *accuracies, *floors))
+    refused = [sum("refused" in run for run in runs if run["guarded"] is value) for value in (False, True)]
+    note = (
+        f"\nDigits, {result['epochs']} epochs of QAT after {result['fp_epochs']} in full precision, batches of "
+        f"{result['batch_size']}. Accuracy: mean of the seeds {', '.join(map(str, result['seeds']))}; step sizes: of "
+        f"all seeds together. Networks that could not be exported: {refused[0]} without, {refused[1]} with.\n"
+    )
+    return table(head, rows, left=2) + note + measured_on(result)
 
 
 def tracing(result: Result) -> str:

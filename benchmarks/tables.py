@@ -183,6 +183,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "swish": ("swish", design_tables.swish),
     "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),
+    "step-guard": ("step_guard", design_tables.step_guard),
 }
 
 
