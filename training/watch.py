@@ -69,7 +69,7 @@ class SizeWatch:
     def __init__(self, network: nn.Module) -> None:
         steps = network.step_sizes() if isinstance(network, QuantizedModel) else []
         self._steps: list[nn.Parameter] = steps
-        self._weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
+        self._weights: list[Tensor] = [parameter for parameter in network.parameters() if parameter.dim() > 1]
         names = parameter_names(network)
         self._names = [(names[id(p)], channel) for p in steps for channel in range(p.numel())]
         self._names += [(names[id(p)], 0) for p in self._weights]
