@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import design_tables, zoo_tables
+from benchmarks import design_tables, loader_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("docs/benchmarks.md", "docs/decisions.md", "docs/models.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/data.md", "docs/decisions.md", "docs/models.md", "README.md")
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
 
@@ -176,6 +176,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "targets": ("latency", targets),
     "check-cost": ("check_cost", check_cost),
     "cifar10": ("cifar10", cifar10),
+    "loader": ("loader", loader_tables.loader),
     "zoo-kernels": ("zoo", zoo_tables.kernels),
     "zoo-islands": ("zoo", zoo_tables.islands),
     "zoo-costs": ("zoo", zoo_tables.costs),

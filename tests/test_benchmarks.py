@@ -96,6 +96,15 @@ def test_committed_zoo_is_every_classifier_and_no_integer_differs() -> None:
     assert result["environment"]["threads"] == 1
 
 
+def test_committed_loader_has_every_source_and_workers_keep_up() -> None:
+    result = json.loads((ROOT / "benchmarks/results/loader.json").read_text())
+    streamed = [f"{kind}, {n} worker{'' if n == 1 else 's'}" for kind in ("folder", "shards") for n in (0, 1, 2)]
+    assert list(result["sources"]) == ["memory, 1 view", "memory, 2 views", *streamed]
+    for name, row in result["sources"].items():
+        assert row["step"] in result["appetite"]
+        assert row["over_appetite"]["median"] > 1, f"{name}: an epoch would wait for the loader"
+
+
 def test_the_zoo_measures_one_of_every_family_first_then_by_size() -> None:
     networks = {"b9": ("b", 9), "a5": ("a", 5), "a3": ("a", 3), "a1": ("a", 1), "b7": ("b", 7)}
     assert list(load("zoo").in_order(networks)) == ["a1", "b7", "a3", "a5", "b9"]
