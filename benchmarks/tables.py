@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import design_tables, loader_tables, zoo_tables
+from benchmarks import design_tables, loader_tables, step_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +175,9 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "export": ("latency", export),
     "targets": ("latency", targets),
     "check-cost": ("check_cost", check_cost),
+    "train-step": ("train_step", step_tables.step),
+    "train-step-targets": ("train_step", step_tables.targets),
+    "train-step-shares": ("train_step", step_tables.shares),
     "cifar10": ("cifar10", cifar10),
     "loader": ("loader", loader_tables.loader),
     "zoo-kernels": ("zoo", zoo_tables.kernels),
