@@ -29,4 +29,6 @@ def loader(result: Result) -> str:
         for name, row in result["sources"].items()
     ]
     index = f"\nIndexing shards: {result['index_microseconds_per_image']:.0f} µs of one core for an image.\n"
-    return table(head, rows, left=2) + index + measured_on(result)
+    rounds = "1 round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
+    busy = f"{rounds}; {result['environment']['load_average_before']} processes wanted a core before it began.\n"
+    return table(head, rows, left=2) + index + measured_on(result) + f"\nMeasured in {busy}"
