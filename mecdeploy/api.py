@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,6 +18,7 @@ from mecdeploy.config import require_same_run, to_toml
 from mecdeploy.errors import UserError
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, WarningEvent
+from mecdeploy.training.world import joined
 
 _DIGEST = "mecdeploy.checkpoint_sha256"
 
@@ -71,18 +73,24 @@ def train(
     report: called with every event of the loop, in this process, between steps.
     Raises UserError, TrainingError or OSError; nothing is left in `out` then, unless there is a checkpoint to keep.
     Raises TrainingInterrupted after Ctrl-C, with a checkpoint saved.
+
+    Processes that torchrun started train the run together, if each calls this alike (docs/scale.md): process 0 touches
+    `out` and calls `report`; PeerFailed is raised where it is another one that raises one of the above.
     """
     path = Path(out)
-    opened = run_folder.reopen(path) if resume else run_folder.create(path, config)
-    with opened as folder:
+    with ExitStack() as stack:
+        world = stack.enter_context(joined())
+        opened = run_folder.reopen(path) if resume else run_folder.create(path, config)
+        folder = world.from_main(lambda: stack.enter_context(opened))
         if resume:
-            require_same_run(config, folder.read_config(), str(path))
+            world.from_main(lambda: require_same_run(config, folder.read_config(), str(path)))
         from mecdeploy.training.data import load_dataset
         from mecdeploy.training.device import choose_device
         from mecdeploy.training.loop import train as run_stages
 
-        choose_device(config.device)  # before minutes of decoding images, not after
-        dataset = load_dataset(config.data, seed=config.seed)
+        # Before minutes of decoding images, not after.
+        world.everywhere(lambda: choose_device(config.device, world.launch))
+        dataset = world.local_first(lambda: load_dataset(config.data, seed=config.seed))
 
         tell = report or (lambda event: None)
 
@@ -90,8 +98,11 @@ def train(
             _record(folder.metrics, event, tell)
             tell(event)
 
-        result = run_stages(config, dataset, path, resume=resume, report=record, accept=_require_exportable)
-        _complete(folder.metrics, result, tell)
+        result = run_stages(
+            config, dataset, path, resume=resume, report=record, accept=_require_exportable, world=world
+        )
+        if world.main:
+            _complete(folder.metrics, result, tell)
         return result
 
 

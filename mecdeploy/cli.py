@@ -1,6 +1,7 @@
 """The command line. It parses, calls the API, prints what comes back and sets the exit code.
 
-0: done. 1: a check failed. 2: the user's input was refused, in one line on stderr. 130: interrupted.
+0: done. 1: a check failed. 2: the user's input was refused, in one line on stderr. 3: another process of the same job
+stopped, and says why itself. 130: interrupted.
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
@@ -8,16 +9,18 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from mecdeploy import __version__
 from mecdeploy.errors import UserError
-from mecdeploy.failures import explain
+from mecdeploy.failures import explain, lost_peer
+from mecdeploy.training.launch import launched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from mecdeploy.config import Settings
     from mecdeploy.training.config import TrainConfig
 
-CHECK_FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+CHECK_FAILED, REFUSED, PEER_LOST, INTERRUPTED = 1, 2, 3, 130
 _BITS = "[2|3|4|8]"
 _PATH = click.Path(path_type=Path)
 
@@ -71,15 +74,23 @@ def cli(context: click.Context) -> None:
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any) -> None:
     """Train a run: full precision, calibration, quantisation-aware training, a final phase with deployed arithmetic."""
-    config, out = _resolve(config_file, out, resume, _settings(flags))
-    _say_what_is_executed(config.model.name)
-    from mecdeploy import api, progress, tables
+    from mecdeploy.training.world import joined
 
-    with _interruptible(out), progress.training_progress(_console(sys.stderr)) as report:
-        result = api.train(config, out, resume=resume, report=report)
+    with joined() as world:  # one process, or those that torchrun started
+        config, folder, resume = world.from_main(
+            lambda: _resolve(config_file, out, resume, _settings(flags), restarted=world.launch.restarts > 0)
+        )
+        if not world.main:
+            _train_silently(config, folder, resume)
+            return
+        _say_what_is_executed(config.model.name)
+        from mecdeploy import api, progress, tables
+
+        with _interruptible(folder), progress.training_progress(_console(sys.stderr)) as report:
+            result = api.train(config, folder, resume=resume, report=report)
     _console(sys.stdout).print(tables.training(result, config.method))
     if config.method != "fp32":
-        click.echo(f"Next: mecdeploy export {out}")
+        click.echo(f"Next: mecdeploy export {folder}")
 
 
 @cli.command(short_help="Measure which layers need their bits; propose widths for a size.")
@@ -199,11 +210,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
         sys.exit(CHECK_FAILED)
     except Exception as error:
+        if lost_peer(error):
+            _leave_behind(launched().rank)
+        _tell_torchrun(error)
         message = explain(error)
         if message is None:
             raise
         sys.exit(_refuse(message))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_behind(rank: int) -> NoReturn:
+    """Leave because another process of the job stopped, and after it: torchrun blames the first that it sees end."""
+    click.echo(f"Process {rank} stops: another process of this run has stopped.", err=True)
+    time.sleep(1)  # torchrun looks every tenth of a second, and then ends this process itself
+    sys.exit(PEER_LOST)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leave the error where torchrun, if it started this process, looks for what stopped the job."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    def fail() -> NoReturn:
+        raise error
+
+    with suppress(type(error)):
+        record(fail)()
 
 
 @contextmanager
@@ -239,8 +273,24 @@ def _settings(flags: dict[str, Any]) -> Settings:
     return settings
 
 
-def _resolve(config_file: Path | None, out: Path | None, resume: bool, flags: Settings) -> tuple[TrainConfig, Path]:
-    """The run's config and folder: the file (on --resume the run's own), then the flags over it."""
+def _train_silently(config: TrainConfig, out: Path, resume: bool) -> None:
+    """Take part in training; what there is to say and to write is process 0's business."""
+    from mecdeploy import api
+    from mecdeploy.training.events import TrainingInterrupted
+
+    try:
+        api.train(config, out, resume=resume)
+    except TrainingInterrupted:
+        raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _resolve(
+    config_file: Path | None, out: Path | None, resume: bool, flags: Settings, *, restarted: bool
+) -> tuple[TrainConfig, Path, bool]:
+    """The run's config and folder, and whether to go on with it: the file (on --resume the run's own), then the flags.
+
+    restarted: by torchrun, after a process failed: the same command line then resumes, if there is something to resume.
+    """
     from mecdeploy import config as configs
     from mecdeploy.run_folder import CONFIG, require_run
 
@@ -252,7 +302,8 @@ def _resolve(config_file: Path | None, out: Path | None, resume: bool, flags: Se
         config_file = require_run(out).path / CONFIG
     settings = configs.read_settings(config_file) if config_file is not None else {}
     config = configs.resolve(configs.merge(settings, flags), source=str(config_file or ""))
-    return config, out if out is not None else Path("runs") / configs.run_name(config)
+    out = out if out is not None else Path("runs") / configs.run_name(config)
+    return config, out, resume or (restarted and (out / CONFIG).is_file())
 
 
 def _network_of(run: Path) -> str:

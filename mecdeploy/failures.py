@@ -26,6 +26,9 @@ _NEXT_STEP = {
     errno.EISDIR: "The path is a folder; name a file in it.",
 }
 
+_LOST_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_LOST_CLAUSES = ("Connection closed by peer", "Connection reset by peer", "gloo/transport")
+
 
 def explain(error: BaseException) -> str | None:
     """The line for the user, or None for an error that only a programmer can cause."""
@@ -39,6 +42,16 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _one_line(str(error))
     return None
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether this process has only lost another one of its job, which says itself what stopped it."""
+    if type(error).__name__ == "PeerFailed":
+        return True
+    # What gloo and NCCL raise when a connection breaks; gloo's are plain RuntimeErrors.
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ in _LOST_ERRORS or any(clause in str(error) for clause in _LOST_CLAUSES)
+    )
 
 
 def _room_errors() -> tuple[type[BaseException], ...]:

@@ -20,6 +20,7 @@ CODED_TENSORS = ("features", "activations", "weights")
 VIEWS = ("one", "augmented", "teacher")
 FORMS = ("mixture", "exact")
 STEMS = ("auto", "small", "standard")
+BATCH_NORMS = ("synchronized", "local")
 _RENAMED = {"init": "weights"}  # keys of older checkpoints
 
 
@@ -143,6 +144,7 @@ class MecConfig:
     experts, order: size of the mixture and terms of its Taylor series. samples: rows coded per tensor.
     views: one, augmented (a second augmentation) or teacher (the full-precision network's features).
     warmup: fraction of the QAT steps over which beta rises linearly from 0.
+    gather: with several processes, code the rows of all of them together, as one process would, or each its own.
     """
 
     code: tuple[str, ...] = ("features",)
@@ -155,6 +157,7 @@ class MecConfig:
     center: bool = True
     views: str = "one"
     warmup: float = 0.1
+    gather: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "code", tuple(self.code))
@@ -174,6 +177,9 @@ class ScheduleConfig:
 
     fp_epochs: full-precision epochs before QAT. epochs: QAT epochs, of which the last frozen_epochs run with BatchNorm
     frozen and the deployed arithmetic simulated. calibration_images: training images that set the first step sizes.
+    batch_size: images of one optimiser step, on all processes together. accumulation: parts in which they are worked
+    through one after the other, for networks whose batch does not fit the memory.
+    batch_norm: with several processes, over the images of all of them (synchronized), or of each its own (local).
     keep_checkpoints: how many of the newest stay, beside the best and the stage ends. save_minutes: an epoch that takes
     longer is saved on its way, too.
     """
@@ -188,13 +194,21 @@ class ScheduleConfig:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     calibration_images: int = 512
+    accumulation: int = 1
+    batch_norm: str = "synchronized"
     keep_checkpoints: int = 2
     save_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         minimums = {"fp_epochs": 0, "epochs": 0, "frozen_epochs": 0, "batch_size": 2}
-        for key, minimum in {**minimums, "calibration_images": 1, "keep_checkpoints": 1}.items():
+        for key, minimum in {**minimums, "calibration_images": 1, "keep_checkpoints": 1, "accumulation": 1}.items():
             _require_at_least(f"schedule.{key}", getattr(self, key), minimum)
+        _require_choice("schedule.batch_norm", self.batch_norm, BATCH_NORMS)
+        if self.batch_size % self.accumulation:
+            raise TrainingError(
+                f"schedule.batch_size is {self.batch_size}, which schedule.accumulation ({self.accumulation}) does not "
+                "divide into equal parts; choose a multiple of it."
+            )
         for key in ("fp_learning_rate", "learning_rate", "save_minutes"):
             if not getattr(self, key) > 0:
                 raise TrainingError(f"schedule.{key} is {getattr(self, key)}; it must be positive.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +11,28 @@ import torch.utils.deterministic
 from torch import Tensor, nn
 
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.launch import Launch
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu or cuda) means on this machine.
+def choose_device(name: str, launch: Launch = Launch()) -> torch.device:  # noqa: B008 (frozen)
+    """The device that `name` (auto, cpu or cuda) means on this machine; each of several processes has its own GPU.
 
-    Raises TrainingError for cuda where torch sees no GPU.
+    Raises TrainingError for cuda where torch sees no GPU, and for more processes on a machine than it has GPUs.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         built = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA GPU here"
         raise TrainingError(f"device is cuda, but {built}. Use device auto or cpu.")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if launch.size == 1:
+        return torch.device("cuda")
+    if launch.local_size > torch.cuda.device_count():
+        raise TrainingError(
+            f"torchrun started {launch.local_size} processes on this machine, but torch sees {torch.cuda.device_count()} "
+            "GPUs; lower --nproc-per-node, or use device cpu."
+        )
+    return torch.device("cuda", launch.local_rank)
 
 
 @contextmanager
@@ -66,23 +76,29 @@ def channels_last(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, non_blocking=True, memory_format=torch.channels_last)
 
 
-class Readback:
-    """Numbers () on their way from the device of the first: started after the forward pass, read before the update.
+def stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Numbers () from any device as float64 [n] on that of the first, without their graph."""
+    device = numbers[0].device
+    return torch.stack([number.detach().to(device, torch.float64, non_blocking=True) for number in numbers])
 
+
+class Readback:
+    """Numbers [n] on their way from the device: started after the forward pass, read before the update.
+
+    reduce: what is done with them on the way, such as adding up those of all processes.
     On a GPU the copy waits for the forward pass alone, so the backward pass is queued meanwhile and nothing stalls.
     """
 
-    def __init__(self, numbers: Sequence[Tensor]) -> None:
-        device = numbers[0].device
-        stacked = torch.stack([number.detach().to(device, torch.float64, non_blocking=True) for number in numbers])
+    def __init__(self, numbers: Tensor, reduce: Callable[[Tensor], Tensor] = lambda numbers: numbers) -> None:
+        values = reduce(numbers)
         self._event: torch.cuda.Event | None = None
-        if stacked.is_cuda:
-            self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-            self._host.copy_(stacked, non_blocking=True)
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         else:
-            self._host = stacked
+            self._host = values
 
     def values(self) -> list[float]:
         """The numbers, waiting for them if need be."""

@@ -7,27 +7,35 @@ from collections.abc import Callable
 import torch
 
 from mecdeploy.training.data import ImageSource
+from mecdeploy.training.world import ALONE, World
 from mecdeploy.training.stages import Task
 
 BATCH_SIZE = 256
+"""Images on each process."""
 
 
 def evaluate(
-    task: Task, source: ImageSource, device: torch.device, between: Callable[[], None] = lambda: None
+    task: Task,
+    source: ImageSource,
+    device: torch.device,
+    between: Callable[[], None] = lambda: None,
+    *,
+    world: World = ALONE,
 ) -> float:
     """Share of the images of `source` whose largest logit is their label's, in evaluation mode, 0..1.
 
     For a quantised network that is the deployed arithmetic. between: called after each batch; what it raises stops the
-    evaluation. The network's mode is restored.
+    evaluation. The network's mode is restored. world: every process counts its share of the images; all take part.
     """
     was_training = task.network.training
     task.network.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     try:
         with torch.no_grad():
-            for batch in source.batches(BATCH_SIZE, device=device):
-                correct += (task.logits(batch.images[0]).argmax(1) == batch.labels.to(device)).sum()
+            for batch in source.batches(BATCH_SIZE * world.size, device=device, share=world.share):
+                if len(batch.labels):  # the last batch may have fewer images than there are processes
+                    correct += (task.logits(batch.images[0]).argmax(1) == batch.labels.to(device)).sum()
                 between()
     finally:
         task.network.train(was_training)
-    return int(correct) / len(source)
+    return int(world.sum(correct)) / len(source)

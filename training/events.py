@@ -17,7 +17,8 @@ class StageEvent:
 
     stages: every stage of this run, in order. epochs, steps: epochs of this stage and steps in each; 0 for "calibrate".
     epoch, step: how many of them an earlier session has already done; both 0 for a fresh stage.
-    parameters: trainable numbers in this stage. device: where it runs, as torch spells it.
+    parameters: trainable numbers in this stage. device: where it runs, as torch spells it (process 0's).
+    processes: how many train together.
     """
 
     stage: str
@@ -28,6 +29,7 @@ class StageEvent:
     step: int = 0
     parameters: int = 0
     device: str = "cpu"
+    processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NoReturn
 
 from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, write_checkpoint
 from mecdeploy.training.data import Batch, step_count
-from mecdeploy.training.device import Readback
-from mecdeploy.training.diagnose import constant_outputs, first_non_finite
-from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.diagnose import constant_outputs
+from mecdeploy.training.errors import PeerFailed, TrainingError
 from mecdeploy.training.evaluate import evaluate
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, TrainingInterrupted, WarningEvent
 from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.optimizers import learning_rate, set_learning_rate, warmup_steps
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
-from mecdeploy.training.stages import Loss, Stage, plan_stages
+from mecdeploy.training.stages import Stage, plan_stages
 from mecdeploy.training.state import State, Tally
+from mecdeploy.training.stepping import Gradients, Measured
 from mecdeploy.training.watch import LossWatch, SizeWatch
 
 
 class Session:
-    """Trains a State stage by stage, saving and reporting as it goes."""
+    """Trains a State stage by stage, saving and reporting as it goes.
+
+    With several processes each has a session over its own copy of the state, and all of them do the same at the same
+    time: what they decide by is agreed on. Process 0 alone reports, and touches the folder.
+    """
 
     def __init__(
         self, state: State, folder: CheckpointFolder, report: Callable[[Event], None], interrupts: Interrupts
     ) -> None:
         self.state, self.folder, self.report, self.interrupts = state, folder, report, interrupts
+        self.world = state.world
         train, batch_size = state.dataset.train, state.config.schedule.batch_size
         self.stages = plan_stages(state.config, step_count(len(train), batch_size, drop_last=True))
         self._saved: Position | None = None
         self._saved_at = time.monotonic()
         self._consistent = True  # whether the state is exactly that of its position, so that it may be saved
+        self._together = self.world.alone  # whether all processes are at this place, so that they may save
 
     def restore(self, checkpoint: Checkpoint, position: Position) -> list[str]:
         """Go on from a checkpoint; sentences as in State.restore."""
@@ -74,13 +78,14 @@ class Session:
         if state.position.epoch < stage.epochs:
             self._losses, self._sizes = LossWatch(len(state.dataset.class_names)), SizeWatch(state.task.network)
             self._announce(stage.name, stage.epochs, stage.steps)
+            gradients = Gradients(state)
         while state.position.epoch < stage.epochs:
-            self._run_epoch(stage)
+            self._run_epoch(stage, gradients)
         if state.accuracy_fp32 is None:  # weights from elsewhere, not trained here
             state.accuracy_fp32 = self._validate()
             self._save()
 
-    def _run_epoch(self, stage: Stage) -> None:
+    def _run_epoch(self, stage: Stage, gradients: Gradients) -> None:
         state, config = self.state, self.state.config
         batches = state.dataset.train.batches(
             config.schedule.batch_size,
@@ -91,62 +96,67 @@ class Session:
             augment=config.data.augment,
             views=state.task.views,
             drop_last=True,
+            share=self.world.share,
         )
         state.task.network.train()
         images, seconds, clock = 0, 0.0, time.perf_counter()
         for batch in batches:
-            event = self._step(stage, batch)
+            event, measured = self._step(stage, batch, gradients)
             now = time.perf_counter()
             state.tally.seconds += now - clock
-            images, seconds, clock = images + len(batch.labels), seconds + now - clock, now
-            self._emit(dataclasses.replace(event, images_per_second=images / max(seconds, 1e-9)))
-            if time.monotonic() - self._saved_at > 60.0 * config.schedule.save_minutes and event.step < event.steps:
+            images, seconds, clock = images + measured.images, seconds + now - clock, now
+            # What the caller answers to a step is agreed on in the next one, with its loss.
+            self._emit(
+                dataclasses.replace(event, images_per_second=images / max(seconds, 1e-9)), check=self.world.alone
+            )
+            if measured.stop:
+                self._stop()
+            if measured.save and event.step < event.steps:
                 self._require_training(stage)
                 self._save()
                 clock = time.perf_counter()
         self._require_training(stage)
         self._end_epoch(stage)
 
-    def _step(self, stage: Stage, batch: Batch) -> StepEvent:
+    def _step(self, stage: Stage, batch: Batch, gradients: Gradients) -> tuple[StepEvent, Measured]:
         state = self.state
         epoch, step = state.position.epoch, state.position.step
         done = stage.first_step + epoch * stage.steps + step
         seed = derive_seed(state.config.seed, stage.name, "step", epoch, step)
-
-        def forward() -> Loss:
-            torch.manual_seed(seed)
-            return state.task.loss(batch, fraction=done / stage.schedule_steps, seed=seed)
-
-        self._consistent, self._forward = False, forward
-        loss = forward()
-        numbers = Readback([loss.total, loss.correct, *loss.terms.values()])
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        total, correct, *values = numbers.values()
-        terms = dict(zip(loss.terms, values, strict=True))
-        if not all(math.isfinite(value) for value in (total, *values)):
-            parts = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
-            culprit = first_non_finite(state.task.network, forward)
-            raise self._failed(stage, step + 1, f"the loss is {total}", f" ({parts}): {culprit}")
+        fraction = done / stage.schedule_steps
+        self._consistent = False
+        self._forward = partial(gradients.forward, batch, fraction=fraction, seed=seed)
+        measured = gradients.compute(
+            batch,
+            fraction=fraction,
+            seed=seed,
+            stop=self.interrupts.requested,
+            save=time.monotonic() - self._saved_at > 60.0 * state.config.schedule.save_minutes,
+        )
+        if not measured.finite:
+            parts = ", ".join(f"{name} {value:.6g}" for name, value in measured.terms.items())
+            culprit = gradients.culprit(self._forward)
+            raise self._failed(stage, step + 1, f"the loss is {measured.loss}", f" ({parts}): {culprit}")
         rate = learning_rate(stage.base_rate, done, stage.schedule_steps)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
-        self._losses.add(terms["task"], warming_up=done < warmup_steps(stage.schedule_steps))
+        self._losses.add(measured.terms["task"], warming_up=done < warmup_steps(stage.schedule_steps))
         self._sizes.look(epoch + 1, step + 1)
-        state.tally.add(len(batch.labels), total, correct, terms)
+        state.tally.add(measured.images, measured.loss, measured.correct, measured.terms)
         state.position = Position.of(stage.name, epoch, step + 1)
         self._consistent = True
-        return StepEvent(
+        event = StepEvent(
             stage=stage.name,
             epoch=epoch + 1,
             epochs=stage.epochs,
             step=step + 1,
             steps=stage.steps,
-            loss=total,
+            loss=measured.loss,
             learning_rate=rate,
             images_per_second=0.0,
-            terms=terms,
+            terms=measured.terms,
         )
+        return event, measured
 
     def _end_epoch(self, stage: Stage) -> None:
         state, tally = self.state, self.state.tally
@@ -177,11 +187,26 @@ class Session:
 
     def _validate(self) -> float:
         state = self.state
-        return evaluate(state.task, state.dataset.validation, state.device, self.interrupts.check)
+        self.world.same_buffers(state.task.network)  # BatchNorm statistics, where they are local
+        return evaluate(state.task, state.dataset.validation, state.device, self._check, world=self.world)
 
-    def _emit(self, event: Event) -> None:
-        self.report(event)
-        self.interrupts.check()
+    def _emit(self, event: Event, *, check: bool = True) -> None:
+        if self.world.main:
+            try:
+                self.report(event)
+            except KeyboardInterrupt:
+                self.interrupts.requested = True
+        if check:
+            self._check()
+
+    def _check(self) -> None:
+        """Stop if any process has been asked to; all take part."""
+        if self.world.any(self.interrupts.requested):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self._together = True
+        raise KeyboardInterrupt
 
     def _announce(self, name: str, epochs: int, steps: int) -> None:
         trained = [stage.name for stage in self.stages if stage.epochs]
@@ -199,20 +224,23 @@ class Session:
                 step=resumed.step,
                 parameters=parameters,
                 device=str(self.state.device),
+                processes=self.world.size,
             )
         )
 
     def _save(self) -> None:
-        """Save, or say why not and go on: the older checkpoints are still there."""
+        """Save, or say why not and go on: the older checkpoints are still there. All take part."""
         position = self.state.position
+        self.world.same_buffers(self.state.task.network)
         try:
-            self.folder.save(position, self.state.tensors(), self._header())
+            if self.world.main:
+                self.folder.save(position, self.state.tensors(), self._header())
             self._saved = position
         except OSError as error:
             message = (
                 f"{position.file_name} could not be written ({error.strerror or error}); training goes on without it."
             )
-            self.report(WarningEvent(message=message))
+            self._emit(WarningEvent(message=message), check=False)
         except TrainingError as error:
             raise TrainingError(f"{error} {self._last_good()}") from error
         self._saved_at = time.monotonic()
@@ -238,7 +266,8 @@ class Session:
             accuracy = last["validation_accuracy"] if last is not None and trained else self._validate()
         tensors = {name: tensor for name, tensor in state.tensors().items() if not name.startswith("momentum.")}
         try:
-            write_checkpoint(path, tensors, {**self._header(), "accuracy": accuracy, "finished": True})
+            if self.world.main:
+                write_checkpoint(path, tensors, {**self._header(), "accuracy": accuracy, "finished": True})
         except OSError as error:
             raise TrainingError(
                 f"{path} could not be written ({error.strerror or error}); make room and resume. {self._last_good()}"
@@ -246,7 +275,7 @@ class Session:
         return path
 
     def _interrupted(self) -> TrainingInterrupted:
-        if self._consistent and self._saved != self.state.position:
+        if self._together and self.world.any(self._consistent and self._saved != self.state.position):
             self._save()
         saved = self._saved
         path = None if saved is None else self.folder.path(saved)
@@ -261,7 +290,10 @@ class Session:
             dead = f"; every output of {', '.join(silent)} is one code" if silent else ""
             raise self._failed(stage, self.state.position.step, "training diverged", f": {complaint}{dead}")
 
-    def _failed(self, stage: Stage, step: int, what: str, why: str) -> TrainingError:
+    def _failed(self, stage: Stage, step: int, what: str, why: str) -> TrainingError | PeerFailed:
+        """The error that all processes have come to, said by process 0."""
+        if not self.world.main:
+            return PeerFailed(0)
         epoch = self.state.position.epoch + 1
         first = self._sizes.first(epoch, step)
         why += "" if first is None else f"; {first}"

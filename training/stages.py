@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from mecdeploy.training.config import MecConfig, TrainConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import channels_last
+from mecdeploy.training.world import ALONE, World
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.gathering import gather_recordings
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.mec import mec_objective
 from mecdeploy.training.model import QuantizedModel
@@ -79,7 +81,12 @@ class Loss:
 
 
 class Task(Protocol):
-    """A network and its loss."""
+    """A network and its loss.
+
+    forward: the network as `loss` calls it; with several processes, such that they average its gradients.
+    """
+
+    forward: Callable[..., Any]
 
     @property
     def network(self) -> nn.Module:
@@ -107,24 +114,29 @@ class FloatTask:
 
     def __init__(self, network: nn.Module, spec: InputSpec, *, label_smoothing: float, device: torch.device) -> None:
         self.network, self.spec, self.device = network, spec, device
+        self.forward: Callable[..., Any] = network
         self.label_smoothing = label_smoothing
 
     def loss(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
         """Cross entropy of one view."""
-        logits = self.logits(batch.images[0])
+        logits = self.forward(self._normalized(batch.images[0]))
         task = F.cross_entropy(logits, batch.labels.to(self.device), label_smoothing=self.label_smoothing)
         return Loss(task, _correct(logits, batch.labels.to(self.device)), {"task": task})
 
     def logits(self, pixels: Tensor) -> Tensor:
         """uint8 [m, C, H, W] to [m, classes]."""
-        scores: Tensor = self.network(self.spec.normalize(channels_last(pixels, self.device)))
+        scores: Tensor = self.network(self._normalized(pixels))
         return scores
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return self.spec.normalize(channels_last(pixels, self.device))
 
 
 class QuantizedTask:
     """Cross entropy of the quantised network, minus the coding objective where `mec` is given.
 
     teacher: pooled features [m, d] of the full-precision network for normalised images, with mec.views "teacher".
+    world: whose rows are coded together where mec.gather says so.
     """
 
     def __init__(
@@ -135,8 +147,10 @@ class QuantizedTask:
         device: torch.device,
         mec: MecConfig | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.network, self.device = network, device
+        self.network, self.device, self.world = network, device, world
+        self.forward: Callable[..., Any] = network
         self.label_smoothing, self.mec, self.teacher = label_smoothing, mec, teacher
         self.views = 2 if mec is not None and mec.views == "augmented" else 1
 
@@ -145,15 +159,15 @@ class QuantizedTask:
         pixels = channels_last(torch.cat(batch.images), self.device)
         labels = batch.labels.to(self.device).repeat(self.views)
         if self.mec is None:
-            logits, recording = self.network(pixels), None
+            logits, recording = self.forward(pixels), None
         else:
-            logits, recording = self.network(pixels, self.mec.code)
+            logits, recording = self.forward(pixels, self.mec.code)
         task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         correct = _correct(logits, labels) / self.views
         if self.mec is None or recording is None:
             return Loss(task, correct, {"task": task})
-        first, other = self._codings(recording, pixels)
         generator = torch.Generator(device=self.device).manual_seed(seed)
+        first, other = gather_recordings(*self._codings(recording, pixels), self.mec, generator, self.world)
         objective = mec_objective(first, self.mec, other=other, step_fraction=fraction, generator=generator)
         terms = {
             "task": task,

@@ -16,6 +16,7 @@ from mecdeploy.training.checkpoint import Checkpoint, Position
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import place
+from mecdeploy.training.world import ALONE, World
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.initial import fill, load_tensors, read_weights
 from mecdeploy.training.input_spec import InputSpec
@@ -56,6 +57,7 @@ class State:
     """A run's networks, optimiser and position.
 
     float_model: the full-precision network, unchanged after stage fp32. model: the quantised one, once there is one.
+    world: the processes that have the same state.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class State:
         dataset: ImageDataset,
         device: torch.device,
         accept: Callable[[QuantizedModel], None] | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.config, self.dataset, self.device = config, dataset, device
+        self.config, self.dataset, self.device, self.world = config, dataset, device, world
         self.spec = _normalization(config, dataset)
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.float_model = place(
@@ -145,6 +148,7 @@ class State:
             "input": dataclasses.asdict(self.spec),
             "torch": torch.__version__,
             "device": self.device.type,
+            "processes": self.world.size,
         }
 
     def restore(self, checkpoint: Checkpoint, path: Path) -> list[str]:
@@ -167,12 +171,13 @@ class State:
         restore_momentum(self.optimizer, self.task.network, checkpoint.section("momentum"))
         self.tally = Tally(**header["tally"])
         self.history, self.accuracy_fp32 = header["history"], header["accuracy_fp32"]
-        now = {"torch": torch.__version__, "device": self.device.type}
+        then = {"processes": 1, **header}  # older checkpoints do not say
+        now = {"torch": torch.__version__, "device": self.device.type, "processes": self.world.size}
         return [
-            f"{path.name} was written with {key} {header[key]}, this is {key} {value}: "
+            f"{path.name} was written with {key} {then[key]}, this is {key} {value}: "
             "the result may differ in the last bits from an uninterrupted run."
             for key, value in now.items()
-            if header[key] != value
+            if then[key] != value
         ]
 
     def _begin_float(self) -> None:
@@ -192,6 +197,7 @@ class State:
             device=self.device,
             mec=mec,
             teacher=teacher,
+            world=self.world,
         )
         self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes())
 
