@@ -27,10 +27,11 @@ def choose_device(name: str, launch: Launch = Launch()) -> torch.device:  # noqa
         return torch.device("cpu")
     if launch.size == 1:
         return torch.device("cuda")
-    if launch.local_size > torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if launch.local_size > gpus:
         raise TrainingError(
-            f"torchrun started {launch.local_size} processes on this machine, but torch sees {torch.cuda.device_count()} "
-            "GPUs; lower --nproc-per-node, or use device cpu."
+            f"torchrun started {launch.local_size} processes on this machine, but torch sees {gpus} GPUs; "
+            "lower --nproc-per-node, or use device cpu."
         )
     return torch.device("cuda", launch.local_rank)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from mecdeploy.training.data import ImageSource
-from mecdeploy.training.world import ALONE, World
 from mecdeploy.training.stages import Task
+from mecdeploy.training.world import ALONE, World
 
 BATCH_SIZE = 256
 """Images on each process."""

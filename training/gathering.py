@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mecdeploy.training.config import MecConfig
-from mecdeploy.training.world import World
 from mecdeploy.training.mec import sample_index
 from mecdeploy.training.recording import Recording
+from mecdeploy.training.world import World
 
 
 def gather_recordings(

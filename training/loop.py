@@ -16,7 +16,6 @@ from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, read_head
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import choose_device, reproducible
-from mecdeploy.training.world import ALONE, World
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import EpochEvent, Event
 from mecdeploy.training.interrupt import Interrupts
@@ -24,6 +23,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.session import Session
 from mecdeploy.training.state import State
+from mecdeploy.training.world import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True)

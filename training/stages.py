@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from mecdeploy.training.config import MecConfig, TrainConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import channels_last
-from mecdeploy.training.world import ALONE, World
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.gathering import gather_recordings
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.mec import mec_objective
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.recording import Recording
+from mecdeploy.training.world import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ from mecdeploy.training.checkpoint import Checkpoint, Position
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import place
-from mecdeploy.training.world import ALONE, World
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.initial import fill, load_tensors, read_weights
 from mecdeploy.training.input_spec import InputSpec
@@ -28,6 +27,7 @@ from mecdeploy.training.preparation import prepare
 from mecdeploy.training.published import published_weights
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task, feature_extractor
+from mecdeploy.training.world import ALONE, World
 
 
 @dataclass
