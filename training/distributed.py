@@ -111,6 +111,8 @@ class Processes(World):
 
 
 _joined: Processes | None = None
+_stores: list[dist.Store] = []
+"""Where the processes find each other, once for each time that they have joined; the first is that of the job."""
 
 
 @contextmanager
@@ -123,7 +125,13 @@ def joined_processes(launch: Launch) -> Iterator[World]:
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     if on_gpus and launch.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(launch.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=LONGEST_WAIT)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+        store=_next_store(),
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=LONGEST_WAIT,
+    )
     _joined = Processes(launch)
     try:
         with warnings.catch_warnings():
@@ -138,3 +146,11 @@ def joined_processes(launch: Launch) -> Iterator[World]:
         dist.destroy_process_group()
     finally:
         _joined = None
+
+
+def _next_store() -> dist.Store:
+    """A place of its own in the job's store: one who joins again would find there the addresses of the first time."""
+    if not _stores:
+        _stores.append(next(dist.rendezvous("env://"))[0])  # type: ignore[no-untyped-call]
+    _stores.append(dist.PrefixStore(f"mecdeploy{len(_stores)}", _stores[0]))
+    return _stores[-1]
