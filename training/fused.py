@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mecdeploy.training.batch_moments import batch_moments
 from mecdeploy.training.lsq import inner, zero_outside
 
 Bounds = tuple[int, int]
@@ -47,7 +48,8 @@ class _NormalizeQuantize(torch.autograd.Function):
         eps: float,
         bounds: Bounds,
     ) -> Tensor:
-        z, mean, deviation = torch.native_batch_norm(y, weight, bias, *running, True, momentum, eps)
+        ctx.moments = batch_moments()
+        z, mean, deviation = ctx.moments.forward(y, weight, bias, running, momentum, eps)
         ctx.save_for_backward(y, weight, bias, mean, deviation)
         ctx.eps, ctx.bounds = eps, bounds
         return round_clamp_(z, bounds)
@@ -59,9 +61,7 @@ class _NormalizeQuantize(torch.autograd.Function):
         gain = weight * inverse_deviation
         z = torch.addcmul((bias - mean * gain).view(shape), y, gain.view(shape))
         kept = zero_outside_(grads[0], z, ctx.bounds)
-        found = torch.ops.aten.native_batch_norm_backward(
-            kept, y, weight, None, None, mean, inverse_deviation, True, ctx.eps, [True, True, True]
-        )
+        found = ctx.moments.backward(kept, y, weight, mean, inverse_deviation, ctx.eps)
         return *found, None, None, None, None
 
 

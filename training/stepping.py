@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from mecdeploy.training.batch_moments import SynchronizedBatchNorm
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import Readback, stacked
 from mecdeploy.training.diagnose import first_non_finite
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Loss
 from mecdeploy.training.state import State
-from mecdeploy.training.synchronized_norm import SynchronizedBatchNorm
 
 
 @dataclass(frozen=True, kw_only=True)

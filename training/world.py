@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mecdeploy.training.launch import Launch, launched
 
@@ -96,10 +96,9 @@ class Replica:
     def __init__(self, network: nn.Module, unaveraged: Callable[[], AbstractContextManager[None]]) -> None:
         self._network, self.unaveraged = network, unaveraged
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *arguments: Any) -> Any:
         """What the network gives."""
-        result: Tensor = self._network(x)
-        return result
+        return self._network(*arguments)
 
 
 ALONE = World(Launch())

@@ -14,8 +14,10 @@ from unittest import mock
 import torch
 from tiny_run import TinyNet, interrupt_at, is_step, tiny_config, tiny_dataset, tiny_images
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mecdeploy.training import state
+from mecdeploy.training.batch_moments import SynchronizedBatchNorm
 from mecdeploy.training.config import MecConfig, TrainConfig
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.errors import PeerFailed, TrainingError
@@ -26,7 +28,6 @@ from mecdeploy.training.loop import TrainResult, train
 from mecdeploy.training.mec import choose_rows
 from mecdeploy.training.quantizers import QTensor
 from mecdeploy.training.recording import Recording
-from mecdeploy.training.synchronized_norm import batch_norm
 from mecdeploy.training.world import World, joined
 
 SHORT: dict[str, Any] = {"batch_size": 12, "fp_epochs": 1, "epochs": 2, "frozen_epochs": 1}
@@ -125,7 +126,8 @@ def norms(folder: Path) -> list[Any]:
             x = x[mine].requires_grad_()
             mean, var = torch.full((3,), 0.5).double(), torch.full((3,), 2.0).double()
             scale, shift = (weight.requires_grad_(), bias.requires_grad_()) if affine else (None, None)
-            y = batch_norm(x, mean, var, scale, shift, momentum=0.3, eps=1e-3, world=world)
+            with SynchronizedBatchNorm(world):
+                y = F.batch_norm(x, mean, var, scale, shift, training=True, momentum=0.3, eps=1e-3)
             y.backward(gradient[mine])
             summed = [] if not affine else [world.sum(weight.grad), world.sum(bias.grad)]
             found.append([value.tolist() for value in (y, x.grad, mean, var, *summed)])
