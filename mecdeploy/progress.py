@@ -164,7 +164,8 @@ def _stage_line(event: StageEvent) -> str:
         return name
     resumed = f", resumed after epoch {event.epoch}, step {event.step}" if event.epoch or event.step else ""
     parameters = f", {event.parameters:,} parameters" if event.parameters else ""
-    return f"{name}: {event.epochs} epochs of {event.steps} steps on {event.device}{parameters}{resumed}"
+    where = event.device if event.processes == 1 else f"{event.processes} processes, {event.device}"
+    return f"{name}: {event.epochs} epochs of {event.steps} steps on {where}{parameters}{resumed}"
 
 
 def _step_line(event: StepEvent) -> str:

@@ -127,7 +127,7 @@ def joined_processes(launch: Launch) -> Iterator[World]:
         torch.cuda.set_device(launch.local_rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-        store=_next_store(),
+        store=_next_store(launch),
         rank=launch.rank,
         world_size=launch.size,
         timeout=LONGEST_WAIT,
@@ -148,9 +148,12 @@ def joined_processes(launch: Launch) -> Iterator[World]:
         _joined = None
 
 
-def _next_store() -> dist.Store:
-    """A place of its own in the job's store: one who joins again would find there the addresses of the first time."""
+def _next_store(launch: Launch) -> dist.Store:
+    """A place of its own in the job's store.
+
+    Who joins again, in this process or after a restart by torchrun, would else find the addresses of the last time.
+    """
     if not _stores:
         _stores.append(next(dist.rendezvous("env://"))[0])  # type: ignore[no-untyped-call]
-    _stores.append(dist.PrefixStore(f"mecdeploy{len(_stores)}", _stores[0]))
+    _stores.append(dist.PrefixStore(f"mecdeploy-{launch.restarts}-{len(_stores)}", _stores[0]))
     return _stores[-1]

@@ -30,7 +30,8 @@ from mecdeploy.training.quantizers import QTensor
 from mecdeploy.training.recording import Recording
 from mecdeploy.training.world import World, joined
 
-SHORT: dict[str, Any] = {"batch_size": 12, "fp_epochs": 1, "epochs": 2, "frozen_epochs": 1}
+SHORT: dict[str, Any] = {"batch_size": 12, "fp_epochs": 1, "epochs": 2, "frozen_epochs": 1, "learning_rate": 0.001}
+"""A low rate, at which no step size runs away: that would make a large difference of the smallest."""
 ALL_CODED = MecConfig(code=("features", "activations", "weights"), samples=16, experts=2)
 EQUAL_RUNS = {
     "lsq": tiny_config(method="lsq", **SHORT),
