@@ -109,12 +109,12 @@ class SynchronizedBatchNorm(TorchFunctionMode):
     def __enter__(self) -> SynchronizedBatchNorm:
         global _active
         self._before, _active = _active, self._shared
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         global _active
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _active = self._before
 
     def __torch_function__(
@@ -141,7 +141,8 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        evaluated: Tensor = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return evaluated
     weight = input.new_ones(input.shape[1]) if weight is None else weight
     bias = input.new_zeros(input.shape[1]) if bias is None else bias
     y: Tensor = _BatchNorm.apply(input, weight, bias, (running_mean, running_var), momentum, eps)

@@ -111,7 +111,7 @@ class Processes(World):
 
 
 _joined: Processes | None = None
-_stores: list[dist.Store] = []
+_stores: list[Any] = []
 """Where the processes find each other, once for each time that they have joined; the first is that of the job."""
 
 
@@ -148,12 +148,13 @@ def joined_processes(launch: Launch) -> Iterator[World]:
         _joined = None
 
 
-def _next_store(launch: Launch) -> dist.Store:
+def _next_store(launch: Launch) -> Any:
     """A place of its own in the job's store.
 
     Who joins again, in this process or after a restart by torchrun, would else find the addresses of the last time.
     """
     if not _stores:
-        _stores.append(next(dist.rendezvous("env://"))[0])  # type: ignore[no-untyped-call]
-    _stores.append(dist.PrefixStore(f"mecdeploy-{launch.restarts}-{len(_stores)}", _stores[0]))
+        _stores.append(next(dist.rendezvous("env://"))[0])  # type: ignore[attr-defined]
+    prefix = f"mecdeploy-{launch.restarts}-{len(_stores)}"
+    _stores.append(dist.PrefixStore(prefix, _stores[0]))  # type: ignore[attr-defined]
     return _stores[-1]

@@ -28,7 +28,7 @@ def gather_recordings(
         return first, other
     limit = max(world.size, config.samples - config.samples % world.size)
     names = [name for kind in config.code if kind == "activations" for name in first.activations]
-    features, chosen = 0, []
+    features, chosen = 0, list[Tensor]()
     for kind in config.code:  # in the order in which mec_objective draws
         if kind == "features" and first.features is not None:
             views = [first.features] if other is None or other.features is None else [first.features, other.features]
@@ -58,7 +58,7 @@ def gather_rows(parts: Sequence[Tensor], world: World) -> list[Tensor]:
     """
     flat = torch.cat([part.flatten() for part in parts])
     gathered: Tensor = _Gather.apply(flat, world)
-    pieces = gathered.split([part.numel() for part in parts], dim=1)
+    pieces = torch.split(gathered, [part.numel() for part in parts], dim=1)
     return [
         piece.reshape(world.size * part.shape[0], *part.shape[1:]) for piece, part in zip(pieces, parts, strict=True)
     ]

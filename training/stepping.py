@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mecdeploy.training.batch_moments import SynchronizedBatchNorm
 from mecdeploy.training.data import Batch
@@ -58,7 +59,8 @@ class Gradients:
         """
         state = self._state
         state.optimizer.zero_grad(set_to_none=True)
-        numbers, terms = None, ()
+        numbers: Tensor | None = None
+        terms: tuple[str, ...] = ()
         for index, part in enumerate(split_batch(batch, self._parts)):
             last = index + 1 == self._parts
             with nullcontext() if last else self._replica.unaveraged():
