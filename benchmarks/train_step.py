@@ -30,6 +30,7 @@ from benchmarks.networks import input_spec, photographs
 from benchmarks.timing import quartiles, ratios
 from mecdeploy.training import deployed
 from mecdeploy.training.calibration import calibrate
+from mecdeploy.training.compiling import compiled
 from mecdeploy.training.config import MecConfig, ModelConfig, QuantConfig, ScheduleConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import place, reproducible
@@ -100,7 +101,7 @@ def quantized_network(bench: Bench) -> QuantizedModel:
 
 def make_step(variant: str, bench: Bench) -> tuple[Callable[[], None], Task]:
     """The step of one variant and its task, as the training loop makes them."""
-    method, _, compiled = variant.partition(" ")
+    method, _, compile_it = variant.partition(" ")
     schedule = ScheduleConfig()
     task: Task
     if method == "fp32":
@@ -114,10 +115,8 @@ def make_step(variant: str, bench: Bench) -> tuple[Callable[[], None], Task]:
         mec = None if method == "lsq" else MecConfig()
         task = QuantizedTask(quantized, label_smoothing=0.0, device=bench.device, mec=mec)
         optimizer = build_optimizer(quantized, schedule, quantized.step_sizes())
-    if compiled:
-        from mecdeploy.training.compiling import compile_forward
-
-        task.forward = compile_forward(task.network, bench.device)
+    if compile_it:
+        task.forward = compiled(task.network, bench.device)
     task.network.train()
 
     def step() -> None:

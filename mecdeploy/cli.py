@@ -69,6 +69,7 @@ def cli(context: click.Context) -> None:
     "--weights", metavar="NAME|FILE", help="Start from these: torchvision's (DEFAULT, ...), a checkpoint, a state dict."
 )
 @click.option("--device", metavar="[auto|cpu|cuda]", help="Where to train.")
+@click.option("--compile", "schedule__compile", is_flag=True, default=None, help="Faster steps, through torch.compile.")
 @click.option("--seed", type=int, help="Fixes every random choice; a CPU run repeats bit for bit.")
 @click.option("--out", type=_PATH, metavar="RUN", help="Folder of the run. Default: runs/<data>-<model>-<method>-...")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")

@@ -1,7 +1,7 @@
-"""torch.compile for the live stages: elementwise chains become single kernels.
+"""torch.compile for the live stages: chains of elementwise functions become single kernels.
 
-A compiled network is not exact: kernels may contract a product and a sum, or sum in another order. Training does not
-mind, as it does not mind another batch. Whatever must be exact (evaluation, stage deploy, export) never runs compiled.
+A compiled network is not exact: its kernels may fuse a product with a sum, or add in another order. Live training does
+not mind. What has to be exact (the final phase, evaluation, export) never runs compiled.
 """
 
 from __future__ import annotations
@@ -9,33 +9,53 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.model import QuantizedModel
+
+_COMPILERS = ("torch._dynamo", "torch._inductor")
+"""Modules whose exceptions say that something could not be compiled."""
 
 
-def compile_forward(network: nn.Module, device: torch.device) -> Callable[..., Any]:
-    """The network's forward pass through torch.compile as one graph; compiled at the first call, in about a minute.
+class CompiledNetwork(nn.Module):
+    """A network whose forward pass is compiled when it is first called. It shares the parameters of `network`."""
 
-    Names and parameters of the network stay as they are. Raises TrainingError where a compiler is missing.
-    """
-    require_compiler(device)
-    compiled: Callable[..., Any] = torch.compile(network, fullgraph=True, dynamic=False)
-    return compiled
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        # A quantised network is one graph; a user's own may have code in it that only Python can run.
+        whole = isinstance(network, QuantizedModel)
+        self._compiled = torch.compile(network, fullgraph=whole, dynamic=False)
+        self._called = False
+
+    def forward(self, *arguments: Any) -> Any:
+        """What the network gives. Raises TrainingError if it cannot be compiled."""
+        if self._called:
+            return self._compiled(*arguments)
+        try:
+            result: Tensor = self._compiled(*arguments)
+        except Exception as error:
+            if not type(error).__module__.startswith(_COMPILERS):
+                raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise TrainingError(
+                f"torch.compile cannot compile this network ({reason.strip()}); set schedule.compile to false."
+            ) from error
+        self._called = True
+        return result
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raise TrainingError where torch.compile has nothing to compile with: Triton for a GPU, C++ for a CPU."""
+def compiled(network: nn.Module, device: torch.device) -> CompiledNetwork:
+    """The network behind torch.compile. Raises TrainingError where there is no compiler: C++ for a CPU, else Triton."""
     if device.type == "cuda":
         missing = "" if importlib.util.find_spec("triton") else "Triton (the package triton)"
     else:
         compiler = os.environ.get("CXX", "g++")
-        missing = (
-            "" if shutil.which(compiler) else f"C++ compiler {compiler} (the environment variable CXX names another)"
-        )
+        missing = "" if shutil.which(compiler) else f"C++ compiler {compiler} (the variable CXX names another)"
     if missing:
         raise TrainingError(f"schedule.compile is true, but there is no {missing}; install it, or set it to false.")
+    return CompiledNetwork(network)

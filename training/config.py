@@ -179,6 +179,7 @@ class ScheduleConfig:
     frozen and the deployed arithmetic simulated. calibration_images: training images that set the first step sizes.
     batch_size: images of one optimiser step, on all processes together. accumulation: parts in which they are worked
     through one after the other, for networks whose batch does not fit the memory.
+    compile: whether the live stages run through torch.compile: faster steps, after a first one of a minute or so.
     batch_norm: with several processes, over the images of all of them (synchronized), or of each its own (local).
     keep_checkpoints: how many of the newest stay, beside the best and the stage ends. save_minutes: an epoch that takes
     longer is saved on its way, too.
@@ -195,6 +196,7 @@ class ScheduleConfig:
     label_smoothing: float = 0.0
     calibration_images: int = 512
     accumulation: int = 1
+    compile: bool = False
     batch_norm: str = "synchronized"
     keep_checkpoints: int = 2
     save_minutes: float = 10.0
@@ -241,6 +243,11 @@ class TrainConfig:
         _require_choice("method", self.method, METHODS)
         _require_choice("device", self.device, DEVICES)
         _require_at_least("seed", self.seed, 0)
+        if self.schedule.compile and self.quant.zero_point == "learned":
+            raise TrainingError(
+                "schedule.compile is true and quant.zero_point learned; a compiled graph cannot read a zero point that "
+                "moves. Set one of them to its default (false, fixed)."
+            )
 
     @property
     def network(self) -> ModelConfig:

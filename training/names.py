@@ -11,6 +11,7 @@ _MAY_CHANGE = (
     "data.root",
     "data.download",
     "data.workers",
+    "schedule.compile",
     "schedule.keep_checkpoints",
     "schedule.save_minutes",
 )

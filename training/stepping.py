@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mecdeploy.training.batch_moments import SynchronizedBatchNorm
+from mecdeploy.training.compiling import compiled
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import Readback, stacked
 from mecdeploy.training.diagnose import first_non_finite
+from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Loss
 from mecdeploy.training.state import State
@@ -48,9 +50,18 @@ class Gradients:
     def __init__(self, state: State) -> None:
         self._state, self._world = state, state.world
         self._parts = state.config.schedule.accumulation
-        self._replica = self._world.replicate(state.task.network)
+        schedule, live = state.config.schedule, state.position.stage != "deploy"
+        self._synchronized = not self._world.alone and schedule.batch_norm == "synchronized"
+        network = state.task.network
+        if schedule.compile and live:  # what is deployed is simulated exactly
+            if self._synchronized:
+                raise TrainingError(
+                    "schedule.compile is true, but with several processes a compiled network cannot synchronise its "
+                    "BatchNorm; set schedule.batch_norm to local, or schedule.compile to false."
+                )
+            network = compiled(network, state.device)
+        self._replica = self._world.replicate(network)
         state.task.forward = self._replica
-        self._synchronized = not self._world.alone and state.config.schedule.batch_norm == "synchronized"
 
     def compute(self, batch: Batch, *, fraction: float, seed: int, stop: bool, save: bool) -> Measured:
         """Set the gradients of the mean loss over everybody's share of the batch; all take part.
