@@ -31,6 +31,9 @@ LARGEST_WEIGHT = 2**7
 LARGEST_BIAS = 2**30
 """Bias codes stay below this, so that an int32 accumulator has room for the products."""
 
+SUMS = 256 * 256
+"""Of two bytes."""
+
 LOGISTIC_RANGE = 18.0
 LOGISTIC_NUMERATOR = (
     4.37031012579801e-11,
@@ -131,7 +134,8 @@ def add(a: QTensor, b: QTensor, outputs: Sequence[ActivationQuantizer]) -> tuple
     tables = [_add_table(a, b, output) for output in outputs]
 
     def answers(codes_a: Tensor, codes_b: Tensor) -> tuple[Tensor, ...]:
-        index = torch.add(codes_b, codes_a, alpha=256).add_(256 * a.zero_point + b.zero_point).to(torch.int32)
+        index = torch.add(codes_b, codes_a, alpha=256).add_(256 * a.zero_point + b.zero_point)
+        index = index.nan_to_num_(nan=SUMS).to(torch.int32)  # else NaN would be an index out of the table
         return tuple(look_up(table, index) for table in tables)
 
     return quantizers.add(a, b, outputs, answers)
@@ -139,7 +143,7 @@ def add(a: QTensor, b: QTensor, outputs: Sequence[ActivationQuantizer]) -> tuple
 
 @torch.no_grad()
 def _add_table(a: QTensor, b: QTensor, output: ActivationQuantizer) -> Tensor:
-    """Centred codes of all sums, float32 [256 * 256], by stored code of a, then of b.
+    """Centred codes of all sums, float32 [SUMS + 1], by stored code of a, then of b; and NaN, the sum of what is none.
 
     A fused multiply-add rounds once: here the product is exact in float64 and the sum is rounded to float32.
     """
@@ -148,7 +152,8 @@ def _add_table(a: QTensor, b: QTensor, output: ActivationQuantizer) -> Tensor:
     stored = torch.arange(256, dtype=a.scale.dtype, device=a.scale.device)
     fixed = zero_point - _fma(ratio_a, a.zero_point, ratio_b * b.zero_point)
     total = _fma(stored[:, None], ratio_a, _fma(stored, ratio_b, fixed))
-    return total.round().clamp_(output.qmin, output.qmax).flatten() - zero_point
+    codes = total.round().clamp_(output.qmin, output.qmax).flatten() - zero_point
+    return torch.cat([codes, codes.new_full((1,), float("nan"))])
 
 
 def multiply(a: QTensor, b: QTensor, output: ActivationQuantizer) -> QTensor:
@@ -234,7 +239,8 @@ def _through_table(
     with torch.no_grad():
         stored = torch.arange(256, device=x.codes.device) - x.zero_point
         table = exact(x.scale * stored.to(x.scale.dtype)) / step
-        ratio = table[(x.codes + x.zero_point).long()]
+        table = torch.cat([table, table.new_full((1,), float("nan"))])  # of what is no code
+        ratio = table[(x.codes + x.zero_point).nan_to_num_(nan=256.0).long()]
     if torch.is_grad_enabled():
         differentiable = smooth(x.dequantize()) / step
         ratio = ratio + (differentiable - differentiable.detach())

@@ -340,3 +340,10 @@ def test_accumulate_is_exact_where_float32_is_not() -> None:
         centred(stored, 0, 0.1), torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), None
     )
     assert np.array_equal(result.numpy(), (stored @ weight.T + bias).astype(F32))
+
+
+def test_what_is_not_a_number_stays_so_and_breaks_no_table():
+    output = ActivationQuantizer(8, signed=False)
+    nan = QTensor(torch.tensor([[float("nan"), 3.0]]), torch.tensor(0.5), 0, 255)
+    for result in (deployed.add(nan, nan, [output])[0], deployed.sigmoid(nan, output)):
+        assert result.codes.isnan().tolist() == [[True, False]]

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -144,30 +143,34 @@ def test_names_units_that_make_one_code_of_everything():
 
 
 def test_a_loss_that_is_finite_and_hopeless_stops_before_it_is_saved(tmp_path, monkeypatch):
-    """At 150 times the usual rate the loss climbs far above guessing, and stays there."""
+    monkeypatch.setattr("mecdeploy.training.watch.WINDOW", 5)
+    monkeypatch.setattr("mecdeploy.training.watch.FIRST", 2)
     events = []
-    monkeypatch.setattr("mecdeploy.training.watch.WINDOW", 20)
-    config = tiny_config(learning_rate=3.0, epochs=30, keep_checkpoints=1)
+
+    def report(event):
+        events.append(event)
+        if is_step("qat", 2, 1)(event):
+            with torch.no_grad():
+                model = session.state.model
+                model.unit("fc").bias[0] = 60.0  # confidently wrong about two of three
+                model.unit("conv2").weight_quantizer.step[4] *= 1e6
+
+    session = captured_session(tmp_path / "run", report)
     with pytest.raises(TrainingError) as stop:
-        train(config, tiny_dataset(), tmp_path / "run", report=events.append)
-    found = re.search(
-        r"^training diverged in stage qat, epoch (\d+), step 3: the mean task loss of the last 20 steps is \S+, at "
-        r"the beginning it was \S+; 4\.61 is twice that of guessing(; every output of \S+( \S+)* is one code)?; "
-        r"\S+'s (weight|output) step size( \(channel \d+\))? went first, \S+ times its start at epoch \d+, step \d+\. "
-        r"The last good checkpoint is (checkpoint-\S+)\. Resumed, it would fail again: start another run with a lower "
-        r"schedule\.learning_rate \(now 3\) and, to keep its full-precision weights, weights = '(.*)', "
-        r"schedule\.fp_epochs = 0\.$",
+        session.run()
+    good = tmp_path / "run" / "checkpoint-qat-0001.safetensors"
+    assert re.match(
+        r"training diverged in stage qat, epoch 2, step 3: the mean task loss of the last 5 steps is \S+, at the "
+        r"beginning it was \S+; 4\.61 is twice that of guessing; conv2's weight step size \(channel 4\) went first, "
+        r"\S+ times its start at epoch 2, step 3\. The last good checkpoint is checkpoint-qat-0001\.safetensors\. "
+        r"Resumed, it would fail again: start another run with a lower schedule\.learning_rate \(now 0\.02\) and, to "
+        rf"keep its full-precision weights, weights = '{re.escape(str(good))}', schedule\.fp_epochs = 0\.$",
         str(stop.value),
-    )
-    assert found, str(stop.value)
-    epochs = [event for event in events if isinstance(event, EpochEvent)]
-    assert len(epochs) == 2 + int(found[1]) - 1  # the last is neither reported nor saved
-    good = Path(found[7])
-    assert good.name == found[6] and good.parent == tmp_path / "run"
-    saved = read_checkpoint(good).header
-    assert saved["history"][-1]["terms"]["task"] < 4.61
-    again = tiny_config(weights=str(good), fp_epochs=0)  # as the message says
-    train(again, tiny_dataset(), tmp_path / "again")
+    ), str(stop.value)
+    last = [event for event in events if isinstance(event, EpochEvent)][-1]
+    assert (last.stage, last.epoch) == ("qat", 1)  # the epoch that failed is neither reported nor saved
+    assert not (tmp_path / "run" / "checkpoint-qat-0002.safetensors").exists()
+    train(tiny_config(weights=str(good), fp_epochs=0), tiny_dataset(), tmp_path / "again")  # as the message says
 
 
 def test_a_poisoned_batch_is_told_from_poisoned_weights(tmp_path):
