@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -93,13 +94,13 @@ class Gradients:
             save=saving > 0,
         )
 
-    def culprit(self, batch: Batch, *, fraction: float, seed: int) -> str:
-        """Where this batch first stops being finite, on the first process on which it does; all take part."""
+    def forward(self, batch: Batch, *, fraction: float, seed: int) -> None:
+        """The forward passes of `compute` once more, for whoever watches the network."""
+        for index, part in enumerate(split_batch(batch, self._parts)):
+            self._forward(part, index, fraction, seed)
 
-        def forward() -> None:
-            for index, part in enumerate(split_batch(batch, self._parts)):
-                self._forward(part, index, fraction, seed)
-
+    def culprit(self, forward: Callable[[], object]) -> str:
+        """Where `forward` first stops being finite, on the first process on which it does; all take part."""
         found = first_non_finite(self._state.task.network, forward)
         return min(self._world.objects(found), key=lambda clause: "is finite" in clause)
 
