@@ -39,6 +39,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.optimizers import build_optimizer, set_learning_rate
 from mecdeploy.training.preparation import prepare
+from mecdeploy.training.quantizers import QTensor
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
 from mecdeploy.training.units import WeightedUnit
 
@@ -188,8 +189,12 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
 
 def _products(model: QuantizedModel, bench: Bench, units: list[WeightedUnit]) -> list[Callable[[], object]]:
     """Each layer's convolution or linear product of its real shapes, forward and backward."""
-    seen: dict[WeightedUnit, Tensor] = {}
-    handles = [unit.register_forward_pre_hook(lambda u, inputs: seen.setdefault(u, inputs[0].codes)) for unit in units]
+    seen: dict[nn.Module, Tensor] = {}
+
+    def see(unit: nn.Module, inputs: tuple[QTensor, ...]) -> None:
+        seen[unit] = inputs[0].codes
+
+    handles = [unit.register_forward_pre_hook(see) for unit in units]
     with torch.no_grad():
         model(bench.pixels)
     for handle in handles:
