@@ -154,8 +154,9 @@ class _BatchNorm(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Running, momentum: float, eps: float
     ) -> Tensor:
-        ctx.moments, ctx.eps = batch_moments(), eps
-        y, mean, inverse_deviation = ctx.moments.forward(x, weight, bias, running, momentum, eps)
+        moments = batch_moments()
+        y, mean, inverse_deviation = moments.forward(x, weight, bias, running, momentum, eps)
+        ctx.moments, ctx.eps = moments, eps
         ctx.save_for_backward(x, weight, mean, inverse_deviation)
         return y
 

@@ -17,6 +17,7 @@ from mecdeploy.training.errors import PeerFailed, TrainingError
 from mecdeploy.training.evaluate import evaluate
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, TrainingInterrupted, WarningEvent
 from mecdeploy.training.interrupt import Interrupts
+from mecdeploy.training.last_good import newest_good
 from mecdeploy.training.optimizers import learning_rate, set_learning_rate, warmup_steps
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
@@ -298,7 +299,7 @@ class Session:
         first = self._sizes.first(epoch, step)
         why += "" if first is None else f"; {first}"
         key, again = ("fp_learning_rate", "") if stage.name == "fp32" else ("learning_rate", ", schedule.fp_epochs = 0")
-        good = self._good()
+        good = newest_good(self.folder, self.state, self._losses.limit)
         keep = "" if good is None else f" and, to keep its full-precision weights, weights = {str(good)!r}{again}"
         return TrainingError(
             f"{what} in stage {stage.name}, epoch {epoch}, step {step}{why}. {self._last_good()} "
@@ -307,22 +308,7 @@ class Session:
         )
 
     def _last_good(self) -> str:
-        good = self._good()
+        good = newest_good(self.folder, self.state, self._losses.limit)
         if good is None:
             return "There is no checkpoint yet." if self._saved is None else "No checkpoint is from before that."
         return f"The last good checkpoint is {good.name}."
-
-    def _good(self) -> Path | None:
-        """The newest checkpoint of a network that trained when it was saved."""
-        for position in reversed(self.folder.positions()):
-            epoch = position.epoch + (position.step > 0)  # the one it is in, or that it ends
-            losses = [
-                record["terms"].get("task", 0.0)
-                for record in self.state.history
-                if (record["stage"], record["epoch"]) == (position.stage, epoch)
-            ]
-            if position.step and not losses:
-                losses = [self.state.tally.mean(self.state.tally.terms.get("task", 0.0))]
-            if all(loss <= self._losses.limit for loss in losses):
-                return self.folder.path(position)
-        return None
