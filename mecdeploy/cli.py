@@ -213,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if lost_peer(error):
             _leave_behind(launched().rank)
-        _tell_torchrun(error)
         message = explain(error)
+        _tell_torchrun(error if message is None else UserError(message))
         if message is None:
             raise
         sys.exit(_refuse(message))
@@ -229,7 +229,10 @@ def _leave_behind(rank: int) -> NoReturn:
 
 
 def _tell_torchrun(error: Exception) -> None:
-    """Leave the error where torchrun, if it started this process, looks for what stopped the job."""
+    """Leave the error where torchrun, if it started this process, looks for what stopped the job.
+
+    What is the user's business goes there as a line, without the stack trace of its own.
+    """
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return
     from torch.distributed.elastic.multiprocessing.errors import record
