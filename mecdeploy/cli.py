@@ -238,7 +238,7 @@ def _tell_torchrun(error: Exception) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     def fail() -> NoReturn:
-        raise error
+        raise error from error.__cause__  # and not from the error that is being handled
 
     with suppress(type(error)):
         record(fail)()
