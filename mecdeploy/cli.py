@@ -254,7 +254,8 @@ def _interruptible(out: Path | None) -> Iterator[None]:
     except TrainingInterrupted as interruption:
         if out is None:
             raise KeyboardInterrupt from None
-        hint = f" Continue with: mecdeploy train --resume --out {out}" if interruption.path is not None else ""
+        command = "mecdeploy train" if launched().size == 1 else "torchrun ... -m mecdeploy train"
+        hint = f" Continue with: {command} --resume --out {out}" if interruption.path is not None else ""
         click.echo(f"{interruption}{hint}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
 

@@ -8,6 +8,9 @@ from several_processes import run_parts
 from tiny_run import assert_same_tensors, tensors_in, tiny_config
 from torch.nn import functional as F
 
+from mecdeploy.training.config import ScheduleConfig
+from mecdeploy.training.errors import TrainingError
+
 SUMS = 1e-9
 """Relative difference of float64 results whose sums were taken in another order: steps of 1e-16 over some 10^5 terms,
 grown by six optimiser steps. A wrong factor or a missing row shows in the second digit."""
@@ -68,6 +71,19 @@ def test_a_batch_in_parts_gives_the_same_step(two, tmp_path):
         parts = numbers(run_together(tiny_config(method="lsq", accumulation=3, **runs.SHORT), tmp_path / "parts"))
     assert flat(parts) == pytest.approx(flat(plain), rel=SUMS)
     assert flat(two[1]["parts_of_a_batch"][0]) == pytest.approx(flat(plain), rel=SUMS)
+
+
+def test_settings_of_several_processes_are_checked():
+    with pytest.raises(TrainingError) as parts:
+        ScheduleConfig(batch_size=128, accumulation=3)
+    assert str(parts.value) == (
+        "schedule.batch_size is 128, which schedule.accumulation (3) does not divide into equal parts; choose a "
+        "multiple of it."
+    )
+    with pytest.raises(TrainingError, match="schedule.accumulation is 0; it must be at least 1"):
+        ScheduleConfig(accumulation=0)
+    with pytest.raises(TrainingError, match="schedule.batch_norm is 'sync'; choose one of synchronized, local"):
+        ScheduleConfig(batch_norm="sync")
 
 
 def test_batch_norm_over_both_processes_is_that_of_the_whole(two):
