@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +19,7 @@ import click
 
 from mecdeploy import __version__
 from mecdeploy.errors import UserError
-from mecdeploy.failures import explain, lost_peer
+from mecdeploy.failures import explain, lost_peer, tell_torchrun
 from mecdeploy.training.launch import launched
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if lost_peer(error):
             _leave_behind(launched().rank)
         message = explain(error)
-        _tell_torchrun(error if message is None else UserError(message))
+        tell_torchrun(error if message is None else UserError(message))
         if message is None:
             raise
         sys.exit(_refuse(message))
@@ -226,22 +226,6 @@ def _leave_behind(rank: int) -> NoReturn:
     click.echo(f"Process {rank} stops: another process of this run has stopped.", err=True)
     time.sleep(1)  # torchrun looks every tenth of a second, and then ends this process itself
     sys.exit(PEER_LOST)
-
-
-def _tell_torchrun(error: Exception) -> None:
-    """Leave the error where torchrun, if it started this process, looks for what stopped the job.
-
-    What is the user's business goes there as a line, without the stack trace of its own.
-    """
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    def fail() -> NoReturn:
-        raise error from error.__cause__  # and not from the error that is being handled
-
-    with suppress(type(error)):
-        record(fail)()
 
 
 @contextmanager

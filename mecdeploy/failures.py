@@ -6,7 +6,10 @@ The rooms' error classes are looked up among the modules already loaded: what wa
 from __future__ import annotations
 
 import errno
+import os
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 from mecdeploy.errors import UserError
 
@@ -52,6 +55,22 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         type(error).__name__ in _LOST_ERRORS or any(clause in str(error) for clause in _LOST_CLAUSES)
     )
+
+
+def tell_torchrun(error: Exception) -> None:
+    """Leave the error where torchrun, if it started this process, looks for what stopped the job.
+
+    What is the user's business goes there as a line, without the stack trace of its own.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    def fail() -> NoReturn:
+        raise error from error.__cause__  # and not from the error that is being handled
+
+    with suppress(type(error)):
+        record(fail)()
 
 
 def _room_errors() -> tuple[type[BaseException], ...]:

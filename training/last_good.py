@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mecdeploy.training.retention import CheckpointFolder
+from mecdeploy.training.stages import Stage
 from mecdeploy.training.state import State
 
 
@@ -25,3 +26,10 @@ def newest_good(folder: CheckpointFolder, state: State, limit: float) -> Path | 
         if all(loss <= limit for loss in losses):
             return folder.path(position)
     return None
+
+
+def another_run(stage: Stage, good: Path | None) -> str:
+    """What to do instead of training this stage further, as the end of a sentence. good: newest_good's checkpoint."""
+    key, again = ("fp_learning_rate", "") if stage.name == "fp32" else ("learning_rate", ", schedule.fp_epochs = 0")
+    keep = "" if good is None else f" and, to keep its full-precision weights, weights = {str(good)!r}{again}"
+    return f"start another run with a lower schedule.{key} (now {stage.base_rate:g}){keep}."

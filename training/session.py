@@ -17,7 +17,7 @@ from mecdeploy.training.errors import PeerFailed, TrainingError
 from mecdeploy.training.evaluate import evaluate
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, TrainingInterrupted, WarningEvent
 from mecdeploy.training.interrupt import Interrupts
-from mecdeploy.training.last_good import newest_good
+from mecdeploy.training.last_good import another_run, newest_good
 from mecdeploy.training.optimizers import learning_rate, set_learning_rate, warmup_steps
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
@@ -298,13 +298,10 @@ class Session:
         epoch = self.state.position.epoch + 1
         first = self._sizes.first(epoch, step)
         why += "" if first is None else f"; {first}"
-        key, again = ("fp_learning_rate", "") if stage.name == "fp32" else ("learning_rate", ", schedule.fp_epochs = 0")
         good = newest_good(self.folder, self.state, self._losses.limit)
-        keep = "" if good is None else f" and, to keep its full-precision weights, weights = {str(good)!r}{again}"
         return TrainingError(
             f"{what} in stage {stage.name}, epoch {epoch}, step {step}{why}. {self._last_good()} "
-            "Resumed, it would fail again: start another run with a lower "
-            f"schedule.{key} (now {stage.base_rate:g}){keep}."
+            f"Resumed, it would fail again: {another_run(stage, good)}"
         )
 
     def _last_good(self) -> str:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mecdeploy.training.batch_moments import SynchronizedBatchNorm
 from mecdeploy.training.compiling import compiled
@@ -51,18 +51,22 @@ class Gradients:
     def __init__(self, state: State) -> None:
         self._state, self._world = state, state.world
         self._parts = state.config.schedule.accumulation
-        schedule, live = state.config.schedule, state.position.stage != "deploy"
+        schedule = state.config.schedule
         self._synchronized = not self._world.alone and schedule.batch_norm == "synchronized"
-        network = state.task.network
-        if schedule.compile and live:  # what is deployed is simulated exactly
-            if self._synchronized:
-                raise TrainingError(
-                    "schedule.compile is true, but with several processes a compiled network cannot synchronise its "
-                    "BatchNorm; set schedule.batch_norm to local, or schedule.compile to false."
-                )
-            network = compiled(network, state.device)
-        self._replica = self._world.replicate(network)
+        state.task.forward = state.task.network  # frees what an earlier stage held for the exchange
+        self._replica = self._world.replicate(self._world.everywhere(self._network))
         state.task.forward = self._replica
+
+    def _network(self) -> nn.Module:
+        state, network = self._state, self._state.task.network
+        if not state.config.schedule.compile or state.position.stage == "deploy":  # which is simulated exactly
+            return network
+        if self._synchronized:
+            raise TrainingError(
+                "schedule.compile is true, but with several processes a compiled network cannot synchronise its "
+                "BatchNorm; set schedule.batch_norm to local, or schedule.compile to false."
+            )
+        return compiled(network, state.device)
 
     def compute(self, batch: Batch, *, fraction: float, seed: int, stop: bool, save: bool) -> Measured:
         """Set the gradients of the mean loss over everybody's share of the batch; all take part.
