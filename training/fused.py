@@ -137,7 +137,7 @@ class _AddQuantize(torch.autograd.Function):
         of_steps = [-along / steps[0]]
         for grad, step, limits in zip(grads[1:], steps[1:], ctx.bounds[1:], strict=True):
             ratio = steps[0] / step
-            other = zero_outside(grad, z * ratio, *limits)
+            other = zero_outside_(grad, z * ratio, limits)
             further = inner(other, z) * ratio
             of_steps.append(-further / step)
             along = along + further
