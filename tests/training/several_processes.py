@@ -14,7 +14,7 @@ from typing import Any
 Part = Callable[[Path], Any]
 """What one process does; its result, JSON-able, is kept."""
 
-LIMIT = 100
+LIMIT = 300
 """Seconds after which processes that wait for each other are ended."""
 
 

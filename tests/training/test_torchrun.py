@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_run import assert_same_tensors
 
+import mecdeploy
+
 NETWORK = '''
 """A network for digits, whose training may be cut short by SIGKILL, in the first and in the second life of the job."""
 
@@ -62,8 +64,11 @@ def torchrun(*arguments: str, restarts: int = 0, **environment: str) -> subproce
     """Two processes of the command line on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "-m", "mecdeploy", "train", *arguments]
+    where = Path(mecdeploy.__file__).parents[1]  # the wheel that is tested, or the checkout
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(where), **environment}
+    out = Path(arguments[arguments.index("--out") + 1])
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=out.parent
     )
 
 
