@@ -268,7 +268,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def peak_apart(variant: str) -> float:
-    """`peak_memory` in processes of their own, with the same arguments: the median, since allocators are lucky or not."""
+    """`peak_memory` in processes of their own, with the same arguments: the median, since allocators have luck."""
     command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--peak", variant]
     folder = Path(__file__).parents[1]
     found = [
