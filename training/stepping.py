@@ -99,9 +99,14 @@ class Gradients:
         )
 
     def forward(self, batch: Batch, *, fraction: float, seed: int) -> None:
-        """The forward passes of `compute` once more, for whoever watches the network."""
-        for index, part in enumerate(split_batch(batch, self._parts)):
-            self._forward(part, index, fraction, seed)
+        """The forward passes of `compute` again, for whoever watches the network: not compiled, since that has no hooks."""
+        task = self._state.task
+        task.forward = task.network
+        try:
+            for index, part in enumerate(split_batch(batch, self._parts)):
+                self._forward(part, index, fraction, seed)
+        finally:
+            task.forward = self._replica
 
     def culprit(self, forward: Callable[[], object]) -> str:
         """Where `forward` first stops being finite, on the first process on which it does; all take part."""

@@ -86,6 +86,23 @@ def test_a_run_compiles_its_live_stages_alone(tmp_path: Path, monkeypatch: pytes
     assert result.accuracy == plain.accuracy, "a network that is handed on is the network"
 
 
+def test_a_look_at_a_broken_step_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled network knows nothing of the hooks that find where it breaks."""
+    monkeypatch.setattr("mecdeploy.training.stepping.compiled", lambda network, device: Watched(network))
+    state, dataset = State(tiny_config(compile=True), tiny_dataset(), CPU), tiny_dataset()
+    gradients = Gradients(state)
+    name, norm = next((n, m) for n, m in state.float_model.named_modules() if isinstance(m, nn.BatchNorm2d))
+    norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    batch = next(dataset.train.batches(16, seed=1))
+    before = Watched.calls
+    found = gradients.culprit(lambda: gradients.forward(batch, fraction=0.0, seed=0))
+    assert Watched.calls == before
+    assert f"the activations of {name} went non-finite first" in found
+    state.task.network.train()
+    state.task.forward(torch.zeros(2, 1, 8, 8))
+    assert Watched.calls == before + 1, "training goes on compiled"
+
+
 def test_no_compiler_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(TrainingError, match="schedule.compile is true, but there is no C.. compiler no-such-compiler"):
