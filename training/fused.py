@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mecdeploy.training.batch_moments import batch_moments
 from mecdeploy.training.lsq import inner, zero_outside
@@ -55,6 +56,7 @@ class _NormalizeQuantize(torch.autograd.Function):
         return round_clamp_(z, bounds)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y, weight, bias, mean, inverse_deviation = ctx.saved_tensors
         shape = (1, -1, *[1] * (y.dim() - 2))
@@ -90,6 +92,7 @@ class _ScaleQuantize(torch.autograd.Function):
         return round_clamp_(accumulator * multiplier, bounds)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         accumulator, multiplier = ctx.saved_tensors
         kept = zero_outside_(grads[0], accumulator * multiplier, ctx.bounds)
@@ -128,23 +131,19 @@ class _AddQuantize(torch.autograd.Function):
         return round_clamp_(z, bounds[0]), *others
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         kept_a, kept_b, scale_a, scale_b, *steps = ctx.saved_tensors
         a, b = kept_a.to(scale_a.dtype), kept_b.to(scale_b.dtype)
         z = _weighted_sum(a, scale_a / steps[0], b, scale_b / steps[0])
         of_z = zero_outside(grads[0], z, *ctx.bounds[0])
-        along = inner(of_z, z)  # <gradient of z, z>, of each output
-        of_steps = [-along / steps[0]]
+        of_steps = [-inner(of_z, z) / steps[0]]
         for grad, step, limits in zip(grads[1:], steps[1:], ctx.bounds[1:], strict=True):
             ratio = steps[0] / step
             other = zero_outside_(grad, z * ratio, limits)
-            further = inner(other, z) * ratio
-            of_steps.append(-further / step)
-            along = along + further
-            of_z = of_z.addcmul_(other, ratio)
-        # z is linear in both scales: the inner products of each with its gradient add up to that of z.
-        of_scale_a = inner(of_z, a.expand_as(of_z)) / steps[0]
-        of_scale_b = (along - of_scale_a * scale_a) / scale_b
+            of_steps.append(-inner(other, z) * ratio / step)
+            of_z.addcmul_(other, ratio)
+        of_scale_a, of_scale_b = (inner(of_z, codes.expand_as(of_z)) / steps[0] for codes in (a, b))
         of_a = torch.mul(of_z, scale_a / steps[0], out=a if a.shape == b.shape else None).sum_to_size(a.shape)
         of_b = of_z.mul_(scale_b / steps[0]).sum_to_size(b.shape)
         return of_a, of_scale_a, of_b, of_scale_b, None, None, *of_steps

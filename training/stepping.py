@@ -99,7 +99,7 @@ class Gradients:
         )
 
     def forward(self, batch: Batch, *, fraction: float, seed: int) -> None:
-        """The forward passes of `compute` again, for whoever watches the network: not compiled, since that has no hooks."""
+        """The forward passes of `compute` again, for whoever watches the network: uncompiled, so that hooks run."""
         task = self._state.task
         task.forward = task.network
         try:

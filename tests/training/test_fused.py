@@ -152,6 +152,14 @@ def test_little_is_kept_for_the_backward_pass() -> None:
         assert sum(size for size in kept if size > 100) == 4 * values.numel()
 
 
+def test_second_derivatives_are_refused_and_not_wrong() -> None:
+    y, step = draw(4, 3, 2, 2, seed=1), scalar(0.1)
+    codes = normalize_quantize(y, nn.BatchNorm2d(3, dtype=torch.float64), step, (0, 15))
+    (gradient,) = torch.autograd.grad(codes.sum(), step, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.backward()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_look_up_keeps_the_layout(layout: torch.memory_format) -> None:
     table = torch.arange(100, dtype=torch.float32) ** 2
