@@ -155,7 +155,7 @@ def test_little_is_kept_for_the_backward_pass() -> None:
 def test_second_derivatives_are_refused_and_not_wrong() -> None:
     y, step = draw(4, 3, 2, 2, seed=1), scalar(0.1)
     codes = normalize_quantize(y, nn.BatchNorm2d(3, dtype=torch.float64), step, (0, 15))
-    (gradient,) = torch.autograd.grad(codes.sum(), step, create_graph=True)
+    (gradient,) = torch.autograd.grad(codes.square().sum(), step, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.backward()
 
