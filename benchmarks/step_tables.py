@@ -40,12 +40,18 @@ def step(result: Result) -> str:
 
 def targets(result: Result) -> str:
     """Each target beside what was measured."""
-    mec = result["variants"]["mec"]
+    variants = result["variants"]
+    mec, compiled = variants["mec"], variants.get("mec compiled")
     rows = [
         verdict("step of QAT with MEC, of full precision", mec["of_fp32"]["median"], SLOWEST_STEP, 2),
         verdict("peak memory of QAT with MEC, of full precision", mec["peak_of_fp32"], LARGEST_PEAK, 2),
     ]
-    return table((f"{result['network']['model']}, CPU", "target, at most", "measured", ""), rows, left=1)
+    if compiled is not None:
+        ratio = compiled["of_fp32_compiled"]["median"]
+        rows.append(verdict("step of QAT with MEC, of full precision, both compiled", ratio, SLOWEST_STEP, 2))
+    network = result["network"]
+    head = f"{network['model']}, batch {network['batch']}, W{network['bits']}A{network['bits']}"
+    return table((head, "target, at most", "measured", ""), rows, left=1)
 
 
 def shares(result: Result) -> str:
@@ -53,7 +59,7 @@ def shares(result: Result) -> str:
     found = {name: share["median"] for name, share in result["shares_of_a_mec_step"].items()}
     rest = 1 - sum(found.values())
     rows = [(name, f"{100 * share:.1f}") for name, share in found.items()]
-    rows.append(("BatchNorm, activation quantisers, sums, loss, Python", f"{100 * rest:.1f}"))
+    rows.append(("pooling, loss, Python", f"{100 * rest:.1f}"))
     return table(("part of a step of QAT with MEC", "share, %"), rows, left=1)
 
 

@@ -17,8 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ from mecdeploy.training.optimizers import build_optimizer, set_learning_rate
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import QTensor
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
-from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.units import AddUnit, WeightedUnit
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
 EAGER = ("fp32", "lsq", "mec", "deploy")
@@ -153,13 +153,10 @@ def take_turns(work: dict[str, Callable[[], object]], rounds: int, device: torch
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], object]]:
-    """What a step of "mec" consists of, each forward and backward by itself; the rest is what lies between them.
-
-    The rest is BatchNorm, the activation quantisers, which are fused with it, sums, pooling, the loss and Python.
-    """
+    """What a step of "mec" consists of, each forward and backward by itself; the rest is pooling, loss and Python."""
     model = quantized_network(bench).train()
-    units = [unit for unit in model.units().values() if isinstance(unit, WeightedUnit)]
-    products = _products(model, bench, units)
+    read = _inputs(model, bench)
+    weighted = [unit for unit in read if isinstance(unit, WeightedUnit)]
     optimizer = build_optimizer(model, ScheduleConfig(), model.step_sizes())
     logits, recording = model(bench.pixels, ("features",))
     logits.sum().backward()  # gradients for the optimiser
@@ -169,51 +166,90 @@ def parts(bench: Bench) -> dict[str, Callable[[], object]]:
     generator = torch.Generator(device=bench.device)
 
     def quantise_weights() -> None:
-        codes = [unit.weight_quantizer(unit.weight) for unit in units]
+        codes = [unit.weight_quantizer(unit.weight) for unit in weighted]
         weights = [c * step.view(-1, *[1] * (c.dim() - 1)) for c, step in codes]
-        torch.autograd.grad(weights, [unit.weight for unit in units], [weight.detach() for weight in weights])
+        torch.autograd.grad(weights, [unit.weight for unit in weighted], [weight.detach() for weight in weights])
 
     def code() -> None:
         objective = mec_objective(recording, MecConfig(), step_fraction=FULL_BETA, generator=generator.manual_seed(1))
         torch.autograd.grad(objective.total, features)
 
-    def multiply() -> None:
-        for product in products:
-            product()
-
+    normalised = [unit for unit in weighted if unit.batch_norm is not None and unit.output is not None]
     return {
-        "convolutions and linear layers": multiply,
+        "convolutions and linear layers": _all(_product(unit, read[unit][0], unit is weighted[0]) for unit in weighted),
+        "BatchNorm with activation quantisers": _all(_normalisation(unit, read[unit][0]) for unit in normalised),
+        "residual sums with activation quantisers": _all(
+            _sum(unit, *read[unit]) for unit in read if isinstance(unit, AddUnit)
+        ),
         "weight quantisers": quantise_weights,
         "coding objective": code,
         "optimiser": optimizer.step,
     }
 
 
-def _products(model: QuantizedModel, bench: Bench, units: list[WeightedUnit]) -> list[Callable[[], object]]:
-    """Each layer's convolution or linear product of its real shapes, forward and backward."""
-    seen: dict[nn.Module, Tensor] = {}
+def _all(work: Iterable[Callable[[], object]]) -> Callable[[], object]:
+    every = list(work)
+    return lambda: [once() for once in every]
+
+
+def _inputs(model: QuantizedModel, bench: Bench) -> dict[nn.Module, tuple[QTensor, ...]]:
+    """What each unit reads of the batch, in execution order."""
+    seen: dict[nn.Module, tuple[QTensor, ...]] = {}
 
     def see(unit: nn.Module, inputs: tuple[QTensor, ...]) -> None:
-        seen[unit] = inputs[0].codes
+        seen[unit] = inputs
 
-    handles = [unit.register_forward_pre_hook(see) for unit in units]
+    handles = [unit.register_forward_pre_hook(see) for unit in model.units().values()]
     with torch.no_grad():
         model(bench.pixels)
     for handle in handles:
         handle.remove()
+    return seen
 
-    def product(index: int, unit: WeightedUnit) -> Callable[[], object]:
-        x, weight = seen[unit].detach(), unit.weight.detach().clone().requires_grad_()
-        x = x.requires_grad_(index > 0)  # pixels need no gradient
-        leaves = [leaf for leaf in (x, weight) if leaf.requires_grad]
 
-        def once() -> None:
-            y = F.linear(x, weight) if unit.geometry is None else deployed.convolve(x, weight, None, unit.geometry)
-            torch.autograd.grad(y, leaves, torch.ones_like(y))
+def _multiply(unit: WeightedUnit, codes: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(codes, weight) if unit.geometry is None else deployed.convolve(codes, weight, None, unit.geometry)
 
-        return once
 
-    return [product(index, unit) for index, unit in enumerate(units)]
+def _product(unit: WeightedUnit, x: QTensor, first: bool) -> Callable[[], object]:
+    """A layer's convolution or linear product; the first one's pixels need no gradient."""
+    codes, weight = x.codes.requires_grad_(not first), unit.weight.detach().clone().requires_grad_()
+    leaves = [weight] if first else [codes, weight]
+
+    def once() -> None:
+        y = _multiply(unit, codes, weight)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    return once
+
+
+def _normalisation(unit: WeightedUnit, x: QTensor) -> Callable[[], object]:
+    norm, output = unit.batch_norm, unit.output
+    assert norm is not None and output is not None
+    with torch.no_grad():
+        y = _multiply(unit, x.codes, unit.weight)
+    leaves = [y.requires_grad_(), norm.weight, norm.bias, output.step]
+
+    def once() -> None:
+        codes = output.normalized(y, norm).codes
+        torch.autograd.grad(codes, leaves, torch.ones_like(codes))
+
+    return once
+
+
+def _sum(unit: AddUnit, *addends: QTensor) -> Callable[[], object]:
+    inputs = [
+        replace(x, codes=x.codes.detach().requires_grad_(), scale=x.scale.clone().requires_grad_()) for x in addends
+    ]
+    steps = [output.step for output in unit.outputs]
+    leaves = [*(x.codes for x in inputs), *(x.scale for x in inputs), *steps]
+
+    def once() -> None:
+        found = unit(*inputs)
+        codes = [value.codes for value in (found if isinstance(found, tuple) else (found,))]
+        torch.autograd.grad(codes, leaves, [torch.ones_like(one) for one in codes])
+
+    return once
 
 
 def peak_memory(variant: str, bench: Bench) -> float:
