@@ -22,10 +22,6 @@ Bounds = tuple[int, int]
 """Smallest and largest centred code."""
 
 
-CODES_KEPT_AS = torch.float16
-"""Holds centred codes, -255..255, exactly in half the memory, and is converted faster than bytes are."""
-
-
 def round_clamp_(ratio: Tensor, bounds: Bounds) -> Tensor:
     """clamp(round(ratio)) written over ratio, rounding half to even."""
     return ratio.round_().clamp_(*bounds)
@@ -120,7 +116,7 @@ class _AddQuantize(torch.autograd.Function):
         bounds: Sequence[Bounds],
         *steps: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(a.to(CODES_KEPT_AS), b.to(CODES_KEPT_AS), scale_a, scale_b, *steps)
+        ctx.save_for_backward(a, b, scale_a, scale_b, *steps)
         ctx.bounds = bounds
         if answers is not None:
             return answers(a, b)
@@ -133,8 +129,7 @@ class _AddQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        kept_a, kept_b, scale_a, scale_b, *steps = ctx.saved_tensors
-        a, b = kept_a.to(scale_a.dtype), kept_b.to(scale_b.dtype)
+        a, b, scale_a, scale_b, *steps = ctx.saved_tensors
         z = _weighted_sum(a, scale_a / steps[0], b, scale_b / steps[0])
         of_z = zero_outside(grads[0], z, *ctx.bounds[0])
         of_steps = [-inner(of_z, z) / steps[0]]
@@ -144,7 +139,7 @@ class _AddQuantize(torch.autograd.Function):
             of_steps.append(-inner(other, z) * ratio / step)
             of_z.addcmul_(other, ratio)
         of_scale_a, of_scale_b = (inner(of_z, codes.expand_as(of_z)) / steps[0] for codes in (a, b))
-        of_a = torch.mul(of_z, scale_a / steps[0], out=a if a.shape == b.shape else None).sum_to_size(a.shape)
+        of_a = torch.mul(of_z, scale_a / steps[0], out=z).sum_to_size(a.shape)
         of_b = of_z.mul_(scale_b / steps[0]).sum_to_size(b.shape)
         return of_a, of_scale_a, of_b, of_scale_b, None, None, *of_steps
 
