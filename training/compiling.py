@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
 
+OLDEST_TORCH = (2, 15)
+"""torch 2.11 compiles wrong gradients of these networks; from here on a test compares them."""
+
 _COMPILERS = ("torch._dynamo", "torch._inductor")
 """Modules whose exceptions say that something could not be compiled."""
 
@@ -50,7 +53,15 @@ class CompiledNetwork(nn.Module):
 
 
 def compiled(network: nn.Module, device: torch.device) -> CompiledNetwork:
-    """The network behind torch.compile. Raises TrainingError where there is no compiler: C++ for a CPU, else Triton."""
+    """The network behind torch.compile.
+
+    Raises TrainingError where torch is too old, or there is no compiler: C++ for a CPU, else Triton.
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise TrainingError(
+            f"schedule.compile is true, but this is torch {torch.__version__}; it needs torch "
+            f"{'.'.join(map(str, OLDEST_TORCH))} or newer. Upgrade torch, or set it to false."
+        )
     if device.type == "cuda":
         missing = "" if importlib.util.find_spec("triton") else "Triton (the package triton)"
     else:

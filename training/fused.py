@@ -139,7 +139,7 @@ class _AddQuantize(torch.autograd.Function):
             of_steps.append(-inner(other, z) * ratio / step)
             of_z.addcmul_(other, ratio)
         of_scale_a, of_scale_b = (inner(of_z, codes.expand_as(of_z)) / steps[0] for codes in (a, b))
-        of_a = torch.mul(of_z, scale_a / steps[0], out=z).sum_to_size(a.shape)
+        of_a = z.copy_(of_z).mul_(scale_a / steps[0]).sum_to_size(a.shape)
         of_b = of_z.mul_(scale_b / steps[0]).sum_to_size(b.shape)
         return of_a, of_scale_a, of_b, of_scale_b, None, None, *of_steps
 

@@ -22,9 +22,11 @@ from mecdeploy.training.state import State
 from mecdeploy.training.stepping import Gradients
 
 CPU = torch.device("cpu")
+NEW_ENOUGH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= compiling.OLDEST_TORCH
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(not NEW_ENOUGH, reason="needs a newer torch")
 def test_a_compiled_step_is_a_step_but_for_rounding() -> None:
     """Loss and every gradient of a step with the coding objective, from the same state.
 
@@ -104,6 +106,10 @@ def test_a_look_at_a_broken_step_is_not_compiled(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_compiler_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cpu")
+    with pytest.raises(TrainingError, match=r"this is torch 2.14.1\+cpu; it needs torch 2.15 or newer"):
+        compiled(nn.Linear(1, 1), CPU)
+    monkeypatch.setattr(torch, "__version__", "2.15.0")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(TrainingError, match="schedule.compile is true, but there is no C.. compiler no-such-compiler"):
         compiled(nn.Linear(1, 1), CPU)
