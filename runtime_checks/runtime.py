@@ -73,8 +73,8 @@ def open_session(
     """A session at the default optimisation level (or none); CheckError with onnxruntime's first line if it refuses.
 
     alone: onnxruntime's own defaults, to be timed: waiting threads spin, and a session keeps the memory it has used.
-    Without them the integers are the same; a check on a busy machine takes half the time, and its four sessions up to
-    a third less memory. save_optimized: where to write the optimised graph, if anywhere.
+    Without them the integers are the same; a check on a busy machine takes less time, and its four sessions less
+    memory. save_optimized: where to write the optimised graph, if anywhere.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
