@@ -115,6 +115,11 @@ _stores: list[Any] = []
 """Where the processes find each other, once for each time that they have joined; the first is that of the job."""
 
 
+def has_joined() -> bool:
+    """Whether this process has ever been one of several."""
+    return bool(_stores)
+
+
 @contextmanager
 def joined_processes(launch: Launch) -> Iterator[World]:
     """The world of this launch; inside of itself, the same one. See world.joined."""
