@@ -17,9 +17,10 @@ from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.movement import DropoutUnit, FloatUnit
 from mecdeploy.training.plans import LOGITS, PIXELS
-from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
 from mecdeploy.training.recording import Recording
 from mecdeploy.training.units import Unit, WeightedUnit
+from mecdeploy.training.weight_quantizers import WeightQuantizer
 
 
 @dataclass(frozen=True)

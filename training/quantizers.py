@@ -1,4 +1,4 @@
-"""A quantised activation, and the two modules that hold learned step sizes: of activations and of weights."""
+"""A quantised activation, and the module that holds its learned step size."""
 
 from __future__ import annotations
 
@@ -177,31 +177,6 @@ class ActivationQuantizer(nn.Module):
         stride = max(1, x.numel() // SAMPLES_PER_BATCH) | 1
         self.samples.append(x.detach().flatten()[::stride])
         return self.tensor(x, x.new_ones(()))
-
-
-class WeightQuantizer(nn.Module):
-    """Per-output-channel learned step size of a weight [O, ...]: symmetric, zero_point 0, codes -2^(b-1)..2^(b-1)-1."""
-
-    def __init__(self, bits: int, channels: int) -> None:
-        super().__init__()
-        self.bits = bits
-        self.step = nn.Parameter(torch.ones(channels))
-
-    @property
-    def lower(self) -> int:
-        """Smallest code."""
-        return -(1 << (self.bits - 1))
-
-    @property
-    def upper(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1
-
-    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [O, ...] and step [O]."""
-        factor = (weight[0].numel() * self.upper) ** -0.5
-        step = clamp_scaling_gradient(self.step, SMALLEST_STEP, float("inf"), factor)
-        return quantize(weight, step.view(-1, *[1] * (weight.dim() - 1)), self.lower, self.upper), step
 
 
 def batch_norm(y: Tensor, norm: nn.BatchNorm2d | nn.BatchNorm1d) -> Tensor:

@@ -26,9 +26,9 @@ from mecdeploy.training.evaluate import BATCH_SIZE
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.quantizers import WeightQuantizer
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.weight_quantizers import WeightQuantizer, make_weight_quantizer
 
 WIDEST = max(BIT_WIDTHS)
 NARROWER = tuple(bits for bits in BIT_WIDTHS if bits != WIDEST)
@@ -271,7 +271,7 @@ class Bench:
 
 def _quantizer(unit: WeightedUnit, bits: int) -> WeightQuantizer:
     """Another quantiser for the unit's weight, its steps yet to be found."""
-    return WeightQuantizer(bits, unit.weight.shape[0]).to(unit.weight.device)
+    return make_weight_quantizer(bits, unit.weight.shape[0]).to(unit.weight.device)
 
 
 @torch.no_grad()

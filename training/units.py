@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from mecdeploy.training import deployed, elementwise
 from mecdeploy.training.geometry import Geometry
 from mecdeploy.training.plans import Layer
-from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer, add, batch_norm
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, add, batch_norm
+from mecdeploy.training.weight_quantizers import make_weight_quantizer
 
 
 class Unit(nn.Module):
@@ -63,7 +64,7 @@ class WeightedUnit(Unit):
         self.weight = nn.Parameter(layer.weight.detach().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.batch_norm = batch_norm
-        self.weight_quantizer = WeightQuantizer(weight_bits, self.weight.shape[0])
+        self.weight_quantizer = make_weight_quantizer(weight_bits, self.weight.shape[0])
         if batch_norm is not None:
             self._absorb_negative_gamma(batch_norm)
 

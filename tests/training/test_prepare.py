@@ -17,8 +17,9 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.movement import MaxPoolUnit
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
 from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.weight_quantizers import WeightQuantizer
 
 Row = tuple[str, tuple[str, ...], dict[str, tuple[int, bool]], int | None]
 """Unit, what it reads, its outputs as name -> (bits, signed), bits of its weights."""

@@ -13,7 +13,8 @@ from traced_networks import SPEC, classifier, conv, pooled
 
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, WeightQuantizer
+from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
+from mecdeploy.training.weight_quantizers import WeightQuantizer
 
 
 def gates(m: Any, x: Tensor) -> Tensor:

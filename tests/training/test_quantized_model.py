@@ -19,8 +19,9 @@ from mecdeploy.training.config import CODED_TENSORS, QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.preparation import prepare
-from mecdeploy.training.quantizers import ActivationQuantizer, WeightQuantizer
+from mecdeploy.training.quantizers import ActivationQuantizer
 from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.weight_quantizers import WeightQuantizer
 
 UNITS = {
     # unit: its integers

@@ -21,7 +21,8 @@ from mecdeploy.training.lsq import (
     round_through,
     scale_gradient,
 )
-from mecdeploy.training.quantizers import SMALLEST_STEP, ActivationQuantizer, QTensor, WeightQuantizer
+from mecdeploy.training.quantizers import SMALLEST_STEP, ActivationQuantizer, QTensor
+from mecdeploy.training.weight_quantizers import WeightQuantizer
 
 RANGES = [(-2, 1), (-4, 3), (-8, 7), (-128, 127), (0, 3), (0, 7), (0, 15), (0, 255)]
 """Signed weights and unsigned activations of 2, 3, 4 and 8 bits."""
