@@ -12,6 +12,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.movement import DropoutUnit
 from mecdeploy.training.quantizers import SMALLEST_STEP, ActivationQuantizer
 from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.weight_quantizers import WeightQuantizer, three_sigma_steps
 
 CANDIDATES = 64
 
@@ -66,6 +67,18 @@ def search_step_and_zero(values: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def set_weight_steps(unit: WeightedUnit) -> None:
+    """First step sizes of a unit's weight, where it learns any: LSQ+'s own, or those that search_steps finds."""
+    quantizer, weight = unit.weight_quantizer, unit.weight.flatten(1)
+    if not isinstance(quantizer, WeightQuantizer):
+        return
+    if quantizer.three_sigma:
+        quantizer.step.copy_(three_sigma_steps(weight, quantizer.bits))
+    else:
+        quantizer.step.copy_(search_steps(weight, quantizer.lower, quantizer.upper))
+
+
+@torch.no_grad()
 def calibrate(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     """Set every step size of a prepared model: weights first, then activations as the quantised weights produce them.
 
@@ -74,8 +87,7 @@ def calibrate(model: QuantizedModel, batches: Iterable[Tensor]) -> None:
     """
     for unit in model.units().values():
         if isinstance(unit, WeightedUnit):
-            weights = unit.weight_quantizer
-            weights.step.copy_(search_steps(unit.weight.flatten(1), weights.lower, weights.upper))
+            set_weight_steps(unit)
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
     for quantizer in quantizers:
         quantizer.samples = []

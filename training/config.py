@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.methods import RULES
 from mecdeploy.training.names import are_published
 
 BIT_WIDTHS = (2, 3, 4, 8)
 ZERO_POINTS = ("fixed", "learned")
-METHODS = ("mec", "lsq", "fp32")
+METHODS = (*RULES, "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 CODED_TENSORS = ("features", "activations", "weights")
 VIEWS = ("one", "augmented", "teacher")
@@ -224,7 +225,8 @@ class ScheduleConfig:
 class TrainConfig:
     """One run, whole.
 
-    method: mec (LSQ plus the coding objective), lsq, or fp32 (the full-precision stage alone).
+    method: mec (LSQ plus the coding objective), lsq, lsq+ (which implies quant.zero_point learned), pact, dorefa
+    (docs/baselines.md), or fp32 (the full-precision stage alone).
     weights: what to start from instead of random weights: a checkpoint of ours, a state dict, or the name of
     torchvision's published weights (DEFAULT, IMAGENET1K_V1, ...); empty for none.
     """
@@ -241,12 +243,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_choice("method", self.method, METHODS)
+        if self.method in RULES and RULES[self.method].learned_zero_points:
+            object.__setattr__(self, "quant", replace(self.quant, zero_point="learned"))
         _require_choice("device", self.device, DEVICES)
         _require_at_least("seed", self.seed, 0)
         if self.schedule.compile and self.quant.zero_point == "learned":
             raise TrainingError(
-                "schedule.compile is true and quant.zero_point learned; a compiled graph cannot read a zero point that "
-                "moves. Set one of them to its default (false, fixed)."
+                "schedule.compile is true and quant.zero_point learned (method lsq+ has it so); a compiled graph "
+                "cannot read a zero point that moves. Set one of them to its default (false, fixed)."
             )
 
     @property

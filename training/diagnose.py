@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
 from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.weight_quantizers import WeightQuantizer
 
 
 def first_non_finite(network: nn.Module, forward: Callable[[], object]) -> str:
@@ -63,7 +64,7 @@ def parameter_names(network: nn.Module) -> dict[int, str]:
             for output in module.outputs:
                 assert isinstance(output, ActivationQuantizer)
                 names[id(output.step)] = f"{unit}'s output step size"
-            if isinstance(module, WeightedUnit):
+            if isinstance(module, WeightedUnit) and isinstance(module.weight_quantizer, WeightQuantizer):
                 names[id(module.weight_quantizer.step)] = f"{unit}'s weight step size"
     return names
 

@@ -128,6 +128,11 @@ class QuantizedModel(nn.Module):
         found = [module.step for module in self.modules() if isinstance(module, ActivationQuantizer | WeightQuantizer)]
         return list(dict.fromkeys(found))
 
+    def clipping_steps(self) -> list[nn.Parameter]:
+        """Those of them that stand for a clipping level of PACT, which decays."""
+        found = [module.step for module in self.modules() if isinstance(module, ActivationQuantizer) and module.pact]
+        return list(dict.fromkeys(found))
+
     def _recorded(self, x: QTensor, code: Collection[str]) -> tuple[Tensor, Recording]:
         recording, logits = Recording(), None
         last = self.last_layer() if "features" in code else ""

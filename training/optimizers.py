@@ -45,22 +45,33 @@ class GuardedSGD(torch.optim.SGD):
         return loss
 
 
-def build_optimizer(model: nn.Module, schedule: ScheduleConfig, step_sizes: Iterable[nn.Parameter] = ()) -> GuardedSGD:
-    """Guarded SGD with momentum in three groups: weights, which decay; biases and normalisation; quantiser step sizes.
+def build_optimizer(
+    model: nn.Module,
+    schedule: ScheduleConfig,
+    step_sizes: Iterable[nn.Parameter] = (),
+    clipping_steps: Iterable[nn.Parameter] = (),
+) -> GuardedSGD:
+    """Guarded SGD with momentum in groups: weights, which decay; biases and normalisation; quantiser step sizes.
 
     step_sizes: the parameters of `model` that are LSQ steps; decay would pull them towards finer grids for no reason.
+    clipping_steps: those that follow PACT instead, whose regularisation (Choi et al. 2018, arXiv:1805.06085, sec. 3) is
+    decay, at the rate of the weights.
     """
+    clips = {id(parameter) for parameter in clipping_steps}
     steps = {id(parameter) for parameter in step_sizes}
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "steps": []}
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "steps": [], "clips": []}
     for parameter in model.parameters():
-        name = "steps" if id(parameter) in steps else "weights" if parameter.dim() > 1 else "others"
+        if id(parameter) in steps:
+            name = "clips" if id(parameter) in clips else "steps"
+        else:
+            name = "weights" if parameter.dim() > 1 else "others"
         groups[name].append(parameter)
     return GuardedSGD(
         [
             {
                 "params": parameters,
-                "weight_decay": schedule.weight_decay if name == "weights" else 0.0,
-                "step_sizes": name == "steps",
+                "weight_decay": schedule.weight_decay if name in ("weights", "clips") else 0.0,
+                "step_sizes": name in ("steps", "clips"),
             }
             for name, parameters in groups.items()
             if parameters

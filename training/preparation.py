@@ -11,6 +11,7 @@ from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.geometry import Geometry, sides
 from mecdeploy.training.input_spec import InputSpec
+from mecdeploy.training.methods import RULES, Rules
 from mecdeploy.training.model import QuantizedModel, Step
 from mecdeploy.training.movement import (
     ConcatUnit,
@@ -36,30 +37,38 @@ from mecdeploy.training.units import (
     Unit,
     WeightedUnit,
 )
+from mecdeploy.training.weight_quantizers import make_weight_quantizer
 from mecdeploy.training.widths import Widths, assign_widths, role_of
 
 
-def prepare(model: nn.Module, config: QuantConfig, spec: InputSpec) -> QuantizedModel:
+def prepare(model: nn.Module, config: QuantConfig, spec: InputSpec, method: str = "lsq") -> QuantizedModel:
     """Quantised copy of a float classifier; calibrate() it next.
 
     model: any module that torch.export can trace: takes normalised float32 [N, C, H, W] (what spec.normalize gives),
     returns logits [N, classes], alone or first in a tuple or dict. It is not changed.
+    method: whose rules the quantisers follow: lsq (mec has the same), lsq+, pact or dorefa (docs/baselines.md).
     Raises TrainingError for code that cannot be traced, a layer without an integer kernel that quant.float_layers does
-    not list, a pattern that matches nothing, and a normalisation that cannot be folded.
+    not list, a pattern that matches nothing, a normalisation that cannot be folded, and an unknown method.
     """
+    if method not in RULES:
+        raise TrainingError(f"method is {method!r}, which has no quantisers; choose one of {', '.join(RULES)}.")
+    rules = RULES[method]
     plans = plan_units(trace(model, spec), config.float_layers)
     for name in (PIXELS, LOGITS):
         if name in plans.by_name and name != plans.output:
             raise TrainingError(f"{name}: the model's own {name} have this name; rename the layer.")
     fold_normalization(plans, spec)
     widths = assign_widths(plans, config)
-    quantizers = _quantizers(plans, widths, config)
+    quantizers = _quantizers(plans, widths, config, rules)
     units = {
         plan.name: BUILDERS[plan.kind](
             plan, quantizers.get(plan.name, []), output_names(plan, plans, widths), widths.weights.get(plan.name, 0)
         )
         for plan in plans.by_name.values()
     }
+    for unit in units.values():
+        if isinstance(unit, WeightedUnit):
+            unit.weight_quantizer = make_weight_quantizer(unit.weight_quantizer.bits, len(unit.weight), rules.weights)
     program = [Step(plan.name, _values_read(plan, plans, widths)) for plan in plans.by_name.values()]
     return QuantizedModel(program, units, spec, config)
 
@@ -88,7 +97,9 @@ def _values_read(reader: Plan, plans: Plans, widths: Widths) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _quantizers(plans: Plans, widths: Widths, config: QuantConfig) -> dict[str, list[ActivationQuantizer]]:
+def _quantizers(
+    plans: Plans, widths: Widths, config: QuantConfig, rules: Rules
+) -> dict[str, list[ActivationQuantizer]]:
     """Output quantisers by plan: one for each width at which it is read, sharing what a concat joins."""
     groups = plans.shared()
     members: dict[str, list[str]] = {}
@@ -106,7 +117,8 @@ def _quantizers(plans: Plans, widths: Widths, config: QuantConfig) -> dict[str, 
                     rectified=signed and plans.by_name[name].relu,
                     # Values of one scale have one bound, or none.
                     maximum=plans.by_name[name].maximum if len(bounds) == 1 else None,
-                    learn_zero_point=config.zero_point == "learned",
+                    learn_zero_point=config.zero_point == "learned" or rules.learned_zero_points,
+                    pact=rules.activations == "pact",
                 )
                 for bits in dict.fromkeys(widths.outputs[name].values())
             ]

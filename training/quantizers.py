@@ -62,6 +62,12 @@ class ActivationQuantizer(nn.Module):
     offset: where learn_zero_point, how far the lowest code lies below real 0, () in reals; the zero point is offset /
     step, rounded: LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576) learns that offset too, but leaves it unrounded. A whole
     number of steps keeps a code for real 0, so that padding stays exact.
+    pact: the step learns by PACT (Choi et al. 2018, arXiv:1805.06085, eq. 1-3) where values have one sign; a signed
+    quantiser stays LSQ's, as PACT has no form for both signs. PACT learns the clipping level alpha = step * qmax by
+    d real / d alpha = 1 where x >= alpha, else 0. With g the sum of d loss / d real there, d loss / d step is g * qmax.
+    SGD with decay has alpha' = alpha - lr * (g + decay * alpha); divided by qmax, step' = step - lr * (g / qmax +
+    decay * step). So the gradient of step times 1 / qmax^2, with plain decay of step, is PACT's update (momentum is
+    linear in both). The derivation is ours.
     """
 
     def __init__(
@@ -72,11 +78,13 @@ class ActivationQuantizer(nn.Module):
         rectified: bool = False,
         maximum: float | None = None,
         learn_zero_point: bool = False,
+        pact: bool = False,
     ) -> None:
         super().__init__()
         self.bits = bits
         self.signed, self.rectified = signed, rectified
         self.maximum = maximum
+        self.pact = pact and not signed
         self.step = nn.Parameter(torch.ones(()))
         self.offset = nn.Parameter(torch.tensor(float(1 << (bits - 1)))) if signed and learn_zero_point else None
         self.samples: list[Tensor] | None = None
@@ -129,7 +137,7 @@ class ActivationQuantizer(nn.Module):
 
     def normalized(self, y: Tensor, norm: nn.BatchNorm2d | nn.BatchNorm1d) -> QTensor:
         """Quantise BatchNorm(y) with batch statistics and |gamma|, [N, C, ...], updating the running statistics."""
-        if self.samples is not None or self.offset is not None:
+        if self.samples is not None or self.offset is not None or self.pact:
             return self.forward(batch_norm(y, norm))
         step = self.effective_step(y[0].numel())
         return self.tensor(normalize_quantize(y, norm, step, self.bounds), step)
@@ -154,14 +162,23 @@ class ActivationQuantizer(nn.Module):
         return QTensor(codes, step, self.zero_point, self.qmax, self.qmin)
 
     def _gradient_scale(self, features: int) -> float:
+        if self.pact:
+            return float(self.qmax) ** -2
         return float((features * max(1, self.qmax - self.zero_point)) ** -0.5)
 
     def followed(self, codes: Tensor, real_in_steps: Callable[[], Tensor], step: Tensor) -> QTensor:
-        """Codes under this quantisation, through which offset and step learn that they move both ends of the range.
+        """Codes under this quantisation, with what gradients owe to a learned offset, or to PACT.
 
-        With real = codes * step, as LSQ+ eq. 8 and 9: outside the range d real / d offset is -1, and d real / d step is
-        0 below it and qmax above it; inside all is as with a fixed zero point.
+        An offset and the step learn that they move both ends of the range. With real = codes * step, as LSQ+ eq. 8 and
+        9: outside the range d real / d offset is -1, and d real / d step is 0 below it and qmax above it; inside all is
+        as with a fixed zero point. PACT's step has no gradient inside the range: LSQ's, codes - ratio, is taken back by
+        a term whose value is 0.
         """
+        if self.pact and step.requires_grad and torch.is_grad_enabled():
+            ratio, fixed = real_in_steps(), step.detach()
+            inside = (ratio > 0) & (ratio < self.qmax)
+            owed = torch.where(inside, ratio - codes.detach(), 0.0)
+            return self.tensor(codes + owed * ((step - fixed) / fixed), step)
         if self.offset is None or not self.offset.requires_grad or not torch.is_grad_enabled():
             return self.tensor(codes, step)
         zero_point, ratio = self.zero_point, real_in_steps()

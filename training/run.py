@@ -86,7 +86,7 @@ def _networks(
     )
     try:
         load_tensors(float_model, checkpoint.section("float"))
-        model = prepare(float_model, config.quant, spec)
+        model = prepare(float_model, config.quant, spec, config.method)
         model.load_state_dict(checkpoint.section("model"))
     except RuntimeError as error:
         raise TrainingError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mecdeploy.training.bit_allocation import packed_size
-from mecdeploy.training.calibration import calibrate, search_steps
+from mecdeploy.training.calibration import calibrate, set_weight_steps
 from mecdeploy.training.config import BIT_WIDTHS, QuantConfig, TrainConfig
 from mecdeploy.training.data import Batch, ImageSource
 from mecdeploy.training.device import channels_last, place
@@ -28,7 +28,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.units import WeightedUnit
-from mecdeploy.training.weight_quantizers import WeightQuantizer, make_weight_quantizer
+from mecdeploy.training.weight_quantizers import AnyWeightQuantizer, make_weight_quantizer
 
 WIDEST = max(BIT_WIDTHS)
 NARROWER = tuple(bits for bits in BIT_WIDTHS if bits != WIDEST)
@@ -240,7 +240,7 @@ class Bench:
     def _at_weight_bits(self, name: str, bits: int) -> _Outcome:
         unit = weighted_units(self._model)[name]
         before, unit.weight_quantizer = unit.weight_quantizer, _quantizer(unit, bits)
-        _set_steps(unit)
+        set_weight_steps(unit)
         try:
             return self._judge(self._model)
         finally:
@@ -269,16 +269,9 @@ class Bench:
         return _Outcome(torch.cat(losses), torch.cat(correct))
 
 
-def _quantizer(unit: WeightedUnit, bits: int) -> WeightQuantizer:
+def _quantizer(unit: WeightedUnit, bits: int) -> AnyWeightQuantizer:
     """Another quantiser for the unit's weight, its steps yet to be found."""
     return make_weight_quantizer(bits, unit.weight.shape[0]).to(unit.weight.device)
-
-
-@torch.no_grad()
-def _set_steps(unit: WeightedUnit) -> None:
-    """The steps that `calibrate` finds."""
-    quantizer = unit.weight_quantizer
-    quantizer.step.copy_(search_steps(unit.weight.flatten(1), quantizer.lower, quantizer.upper))
 
 
 def _standard_error(values: Tensor) -> float:

@@ -199,10 +199,10 @@ class State:
             teacher=teacher,
             world=self.world,
         )
-        self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes())
+        self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes(), model.clipping_steps())
 
     def _prepared(self) -> QuantizedModel:
-        model = place(prepare(self.float_model, self.config.quant, self.spec), self.device)
+        model = place(prepare(self.float_model, self.config.quant, self.spec, self.config.method), self.device)
         assert isinstance(model, QuantizedModel)
         return model
 
