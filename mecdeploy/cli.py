@@ -61,7 +61,9 @@ def cli(context: click.Context) -> None:
 @click.option("--weight-bits", "quant__weight_bits", type=int, metavar=_BITS, help="Weights of the inner layers.")
 @click.option("--act-bits", "quant__act_bits", type=int, metavar=_BITS, help="Activations of the inner layers.")
 @click.option(
-    "--method", metavar="[mec|lsq|fp32]", help="LSQ with the coding objective, LSQ alone, or full precision only."
+    "--method",
+    metavar="[mec|lsq|lsq+|pact|dorefa|fp32]",
+    help="LSQ with the coding objective, LSQ alone, another baseline, or full precision only.",
 )
 @click.option("--epochs", "schedule__epochs", type=int, help="Epochs of quantisation-aware training.")
 @click.option("--fp-epochs", "schedule__fp_epochs", type=int, help="Epochs of full-precision training before it.")

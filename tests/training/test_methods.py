@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_networks import SPEC, images, tiny_residual
-from tiny_run import FINAL, LAST, build_tiny, interrupt_at, is_step, tensors_in, tiny_config, tiny_dataset
+from tiny_run import FINAL, LAST, interrupt_at, is_step, tensors_in, tiny_config, tiny_dataset
 from torch import Tensor
 
 from mecdeploy.config import run_name
@@ -296,13 +296,7 @@ def test_deployed_dorefa_adds_odd_integers() -> None:
     assert checked >= 2
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mecdeploy.training.state.build_model", build_tiny)
-    monkeypatch.setattr("mecdeploy.training.run.build_model", build_tiny)
-
-
-@pytest.mark.usefixtures("tiny")
+@pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize("method", BASELINES)
 @pytest.mark.parametrize("stage", ["qat", "deploy"])
 def test_a_run_resumes_bit_for_bit_and_loads(method: str, stage: str, tmp_path: Path) -> None:
@@ -330,7 +324,5 @@ def test_lsq_plus_implies_learned_zero_points_and_refuses_to_compile() -> None:
 def test_names() -> None:
     assert METHODS == ("mec", "lsq", "lsq+", "pact", "dorefa", "fp32")
     assert run_name(TrainConfig(method="lsq+")) == "digits-resnet8-lsq+-w4a4-seed0"
-    with pytest.raises(
-        TrainingError, match=r"method is 'fp32', which has no quantisers; choose one of mec, lsq, lsq\+"
-    ):
+    with pytest.raises(TrainingError, match=r"method is 'fp32', which has no quantisers; choose one of mec, lsq"):
         prepare(tiny_residual(), QuantConfig(), SPEC, "fp32")
