@@ -66,7 +66,7 @@ def prepare(model: nn.Module, config: QuantConfig, spec: InputSpec, method: str 
         )
         for plan in plans.by_name.values()
     }
-    for unit in units.values():
+    for unit in units.values():  # builders know widths, not methods
         if isinstance(unit, WeightedUnit):
             unit.weight_quantizer = make_weight_quantizer(unit.weight_quantizer.bits, len(unit.weight), rules.weights)
     program = [Step(plan.name, _values_read(plan, plans, widths)) for plan in plans.by_name.values()]

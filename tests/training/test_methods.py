@@ -24,6 +24,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.optimizers import build_optimizer, set_learning_rate
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor, add
+from mecdeploy.training.state import State
 from mecdeploy.training.units import WeightedUnit
 from mecdeploy.training.weight_quantizers import (
     DorefaWeightQuantizer,
@@ -298,12 +299,13 @@ def test_deployed_dorefa_adds_odd_integers() -> None:
 
 @pytest.mark.usefixtures("tiny_models")
 @pytest.mark.parametrize("method", BASELINES)
-@pytest.mark.parametrize("stage", ["qat", "deploy"])
-def test_a_run_resumes_bit_for_bit_and_loads(method: str, stage: str, tmp_path: Path) -> None:
-    config = tiny_config(method=method, batch_size=13)
+def test_a_run_resumes_bit_for_bit_and_loads(method: str, tmp_path: Path) -> None:
+    config = tiny_config(method=method)
     train(config, tiny_dataset(), tmp_path / "whole")
-    with pytest.raises(TrainingInterrupted):
-        train(config, tiny_dataset(), tmp_path / "run", report=interrupt_at(is_step(stage, 1, 2)))
+    for stage in ("qat", "deploy"):
+        with pytest.raises(TrainingInterrupted):
+            report = interrupt_at(is_step(stage, 1, 2))
+            train(config, tiny_dataset(), tmp_path / "run", resume=stage == "deploy", report=report)
     train(config, tiny_dataset(), tmp_path / "run", resume=True)
     for name in (FINAL, LAST):
         whole, resumed = (tensors_in(tmp_path / folder / name) for folder in ("whole", "run"))
@@ -312,6 +314,19 @@ def test_a_run_resumes_bit_for_bit_and_loads(method: str, stage: str, tmp_path: 
     run = load_run(tmp_path / "whole")
     assert run.config.method == method
     assert sum(unit.weight_quantizer.levels is not None for unit in weighted(run.model)) == (method != "lsq+")
+
+
+@pytest.mark.usefixtures("tiny_models")
+def test_in_a_run_of_pact_clipping_levels_decay() -> None:
+    for method in ("pact", "dorefa"):
+        state = State(tiny_config(method=method), tiny_dataset(), torch.device("cpu"))
+        state.quantize()
+        assert state.model is not None
+        guarded = [group for group in state.optimizer.param_groups if group["step_sizes"]]
+        decaying = {id(p) for group in guarded if group["weight_decay"] for p in group["params"]}
+        outputs = [module for module in state.model.modules() if isinstance(module, ActivationQuantizer)]
+        assert decaying == {id(o.step) for o in outputs if method == "pact" and not o.signed}
+        assert {id(p) for group in guarded for p in group["params"]} == {id(p) for p in state.model.step_sizes()}
 
 
 def test_lsq_plus_implies_learned_zero_points_and_refuses_to_compile() -> None:
