@@ -22,6 +22,7 @@ VIEWS = ("one", "augmented", "teacher")
 FORMS = ("mixture", "exact")
 STEMS = ("auto", "small", "standard")
 BATCH_NORMS = ("synchronized", "local")
+VALIDATIONS = ("given", "carved")
 _RENAMED = {"init": "weights"}  # keys of older checkpoints
 
 
@@ -45,7 +46,10 @@ class DataConfig:
     root: where torchvision keeps (and downloads) its data sets.
     image_size: side in pixels; 0 means the images' own size when all agree, else 224, unless
     none is larger than 64 pixels: then it has to be given. For shards, 0 means 224.
-    validation_fraction: carved from the training images when a folder has no val or test part.
+    validation: given (a folder's val or test part, a data set's test part) or carved from the training images, so that
+    the given part stays unseen (ImageDataset.test).
+    validation_fraction: of the training images; carved from them, too, when a folder has no val or test part.
+    fraction: how much of what is left to train on, class by class; validation and test do not depend on it.
     augment: random crops while training. flip: and mirrored images, where classes survive it (never digits, nor
     grayscale folders, which tend to hold characters).
     """
@@ -54,7 +58,9 @@ class DataConfig:
     root: str = "data"
     download: bool = True
     image_size: int = 0
+    validation: str = "given"
     validation_fraction: float = 0.1
+    fraction: float = 1.0
     skip_bad_images: bool = False
     workers: int = 2
     augment: bool = True
@@ -62,8 +68,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_at_least("data.image_size", self.image_size, 0)
+        _require_choice("data.validation", self.validation, VALIDATIONS)
         if not 0.0 < self.validation_fraction < 1.0:
             raise TrainingError(f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.")
+        if not 0.0 < self.fraction <= 1.0:
+            raise TrainingError(f"data.fraction is {self.fraction}; it must be more than 0 and at most 1.")
         _require_at_least("data.workers", self.workers, 0)
 
 

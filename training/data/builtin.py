@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.data.memory import MemorySource
-from mecdeploy.training.data.order import stratified_split
+from mecdeploy.training.data.order import stratified_fraction, stratified_split
 from mecdeploy.training.data.source import ImageDataset
 from mecdeploy.training.data.statistics import pixel_statistics
 from mecdeploy.training.errors import TrainingError
@@ -20,7 +20,7 @@ DIGITS_VALIDATION = 360  # of 1797
 
 
 def load_digits(config: DataConfig) -> ImageDataset:
-    """Handwritten digits 0..9, 8x8 grayscale: 1437 images to train on, 360 to validate, always the same ones.
+    """Handwritten digits 0..9, 8x8 grayscale: 1437 images to train on, 360 to validate or test, always the same ones.
 
     The 17 gray levels 0..16 become the pixels 0, 15, ..., 240. Never mirrored.
     Source: Alpaydin and Kaynak 1998, UCI "Optical Recognition of Handwritten Digits", test part, as in scikit-learn.
@@ -35,6 +35,7 @@ def load_digits(config: DataConfig) -> ImageDataset:
         (pixels[train], labels[train]),
         (pixels[validation], labels[validation]),
         [str(i) for i in range(10)],
+        config,
         flip=False,
     )
 
@@ -76,7 +77,7 @@ def _from_torchvision(kind: str, config: DataConfig) -> ImageDataset:
             f"{config.name}: no intact copy at '{config.root}/{place}' and none could be made ({why}). {wanted}, or "
             f"put the unpacked files of {origin} there; data.root sets the folder."
         ) from error
-    return _in_memory(_pixels(train), _pixels(validation), train.classes, flip=config.flip)
+    return _in_memory(_pixels(train), _pixels(validation), train.classes, config, flip=config.flip)
 
 
 def _pixels(part: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -88,16 +89,27 @@ def _pixels(part: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 def _in_memory(
     train: tuple[NDArray[np.uint8], NDArray[np.int64]],
-    validation: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    given: tuple[NDArray[np.uint8], NDArray[np.int64]],
     class_names: Sequence[str],
+    config: DataConfig,
     *,
     flip: bool,
 ) -> ImageDataset:
+    """The data set as config wants it split. given: its validation images, or the test images if these are carved."""
+    validation, carved = given, config.validation == "carved"
+    if carved:
+        count = len(train[1])
+        kept, held_out = stratified_split(train[1].tolist(), range(count), round(config.validation_fraction * count))
+        train, validation = _chosen(train, kept), _chosen(train, held_out)
+    if config.fraction < 1.0:
+        count = len(train[1])
+        train = _chosen(train, stratified_fraction(train[1].tolist(), range(count), config.fraction, class_names))
     mean, std = pixel_statistics(train[0])
     _, channels, height, width = train[0].shape
     return ImageDataset(
         train=MemorySource(*train, flip=flip),
         validation=MemorySource(*validation, flip=flip),
+        test=MemorySource(*given, flip=flip) if carved else None,
         class_names=tuple(class_names),
         channels=channels,
         height=height,
@@ -105,3 +117,9 @@ def _in_memory(
         pixel_mean=mean,
         pixel_std=std,
     )
+
+
+def _chosen(
+    part: tuple[NDArray[np.uint8], NDArray[np.int64]], indices: list[int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    return part[0][indices], part[1][indices]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mecdeploy.training.data.order import stratified_split
+from mecdeploy.training.data.order import stratified_fraction, stratified_split
 from mecdeploy.training.errors import TrainingError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp"))
@@ -23,6 +23,10 @@ class FolderPart:
     paths: tuple[str, ...]
     labels: tuple[int, ...]
 
+    def only(self, indices: Sequence[int]) -> FolderPart:
+        """The images with these indices."""
+        return FolderPart(tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
@@ -31,13 +35,20 @@ class ImageFolder:
     class_names: tuple[str, ...]
     train: FolderPart
     validation: FolderPart
+    test: FolderPart | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All image files."""
+        return (*self.train.paths, *self.validation.paths, *(self.test.paths if self.test else ()))
 
 
-def scan_folder(root: Path, *, validation_fraction: float) -> ImageFolder:
+def scan_folder(root: Path, *, validation_fraction: float, carved: bool = False) -> ImageFolder:
     """List the images of `root`/train and `root`/val (or validation, or test), or split the classes in `root` itself.
 
     A folder without a validation part gives `validation_fraction` of each class to one, by the hash of file names, so
-    that neither a run's seed nor the folder's place moves an image from one part to the other.
+    that neither a run's seed nor the folder's place moves an image from one part to the other. carved: so does one with
+    a validation part, which becomes the test part.
     TrainingError, naming the folder, if it is missing or empty, has fewer than two classes, a class without images, or
     different classes in its two parts.
     """
@@ -59,7 +70,19 @@ def scan_folder(root: Path, *, validation_fraction: float) -> ImageFolder:
                 f"{str(root / where)!r} has no class {missing[0]!r} ({len(missing)} of {len(some)} missing); train/ "
                 f"and {present[0]}/ need the same class folders."
             )
+    if carved:
+        return replace(_split(root, root / TRAIN, validation_fraction), test=_take_turns(held_out))
     return ImageFolder(class_names=tuple(classes), train=_take_turns(classes), validation=_take_turns(held_out))
+
+
+def take_fraction(folder: ImageFolder, root: Path, fraction: float) -> ImageFolder:
+    """The folder with that much of every class to train on, by the hash of file names below `root`.
+
+    TrainingError for a class that no training image is left of.
+    """
+    train = folder.train
+    keys = [Path(path).relative_to(root).as_posix() for path in train.paths]
+    return replace(folder, train=train.only(stratified_fraction(train.labels, keys, fraction, folder.class_names)))
 
 
 def _split(root: Path, parent: Path, fraction: float) -> ImageFolder:
@@ -71,11 +94,7 @@ def _split(root: Path, parent: Path, fraction: float) -> ImageFolder:
         raise TrainingError(
             f"{str(root)!r} has one image a class, which leaves none to validate with; add images or a val/ folder."
         )
-
-    def pick(indices: list[int]) -> FolderPart:
-        return FolderPart(tuple(part.paths[i] for i in indices), tuple(part.labels[i] for i in indices))
-
-    return ImageFolder(class_names=tuple(classes), train=pick(kept), validation=pick(held_out))
+    return ImageFolder(class_names=tuple(classes), train=part.only(kept), validation=part.only(held_out))
 
 
 def _classes(parent: Path) -> dict[str, list[str]]:

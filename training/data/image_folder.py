@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.data.decode import UnreadableImage, decode_many, find_unreadable, probe_image, raise_first
-from mecdeploy.training.data.folder import FolderPart, ImageFolder, scan_folder
+from mecdeploy.training.data.folder import FolderPart, ImageFolder, scan_folder, take_fraction
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.data.source import ImageDataset, ImageSource
 from mecdeploy.training.data.statistics import pixel_statistics
@@ -42,26 +42,28 @@ def load_image_folder(root: Path, config: DataConfig, *, seed: int) -> ImageData
     file is read once. seed draws the images that the pixel statistics of a streamed set are taken from.
     TrainingError as `scan_folder` and `survey`, or if skipping leaves a class without training images.
     """
-    folder = scan_folder(root, validation_fraction=config.validation_fraction)
+    folder = scan_folder(root, validation_fraction=config.validation_fraction, carved=config.validation == "carved")
     shape = survey(folder, image_size=config.image_size, skip_unreadable=config.skip_bad_images)
     skipped: tuple[str, ...] = ()
     if config.skip_bad_images:
-        unreadable = find_unreadable((*folder.train.paths, *folder.validation.paths), shape.channels)
+        unreadable = find_unreadable(folder.paths, shape.channels)
         skipped = tuple(image.path for image in unreadable)
         folder = _without(folder, frozenset(skipped))
+    folder = take_fraction(folder, root, config.fraction)
     flip = config.flip and shape.channels == 3
     train: ImageSource
-    validation: ImageSource
     if _fits_in_memory(folder, shape):
-        train, validation = _decode(folder.train, shape, flip), _decode(folder.validation, shape, flip)
+        source: Callable[[FolderPart], ImageSource] = partial(_decode, shape=shape, flip=flip)
+        train = source(folder.train)
         statistics = pixel_statistics(train.arrays()[0])
     else:
+        source = partial(_stream, shape=shape, flip=flip, workers=config.workers)
         train = streamed = _stream(folder.train, shape, flip, config.workers)
-        validation = _stream(folder.validation, shape, flip, config.workers)
         statistics = pixel_statistics(streamed.sample(STATISTICS_SAMPLE, seed))
     return ImageDataset(
         train=train,
-        validation=validation,
+        validation=source(folder.validation),
+        test=None if folder.test is None else source(folder.test),
         class_names=folder.class_names,
         channels=shape.channels,
         height=shape.height,
@@ -81,7 +83,7 @@ def survey(folder: ImageFolder, *, image_size: int, skip_unreadable: bool) -> Sh
     """
     gray = True
     sizes: dict[tuple[int, int], str] = {}
-    for path in chain(folder.train.paths, folder.validation.paths):
+    for path in folder.paths:
         try:
             height, width, is_gray = probe_image(path)
         except UnreadableImage:
@@ -96,8 +98,9 @@ def survey(folder: ImageFolder, *, image_size: int, skip_unreadable: bool) -> Sh
     if image_size:
         return Shape(channels=channels, height=image_size, width=image_size)
     if not sizes:
-        total = len(folder.train.paths) + len(folder.validation.paths)
-        raise TrainingError(f"none of the {total} image files can be read, {folder.train.paths[0]!r} first of all.")
+        raise TrainingError(
+            f"none of the {len(folder.paths)} image files can be read, {folder.train.paths[0]!r} first of all."
+        )
     (one, first), *others = sizes.items()
     if not others:
         return Shape(channels=channels, height=one[0], width=one[1])
@@ -115,8 +118,7 @@ def _largest(sizes: Iterable[tuple[int, int]]) -> int:
 
 
 def _fits_in_memory(folder: ImageFolder, shape: Shape) -> bool:
-    count = len(folder.train.paths) + len(folder.validation.paths)
-    size = count * shape.channels * shape.height * shape.width
+    size = len(folder.paths) * shape.channels * shape.height * shape.width
     return max(shape.height, shape.width) <= SMALL_UP_TO and size <= MEMORY_LIMIT
 
 
@@ -141,6 +143,7 @@ def _stream(part: FolderPart, shape: Shape, flip: bool, workers: int) -> StreamS
 def _without(folder: ImageFolder, skipped: frozenset[str]) -> ImageFolder:
     """The folder without these files; TrainingError if a class has no training image left, or validation has none."""
     train, validation = (_part_without(part, skipped) for part in (folder.train, folder.validation))
+    test = None if folder.test is None else _part_without(folder.test, skipped)
     for label, name in enumerate(folder.class_names):
         if label not in train.labels:
             raise TrainingError(
@@ -148,9 +151,8 @@ def _without(folder: ImageFolder, skipped: frozenset[str]) -> ImageFolder:
             )
     if not validation.paths:
         raise TrainingError(f"no validation image can be read, {folder.validation.paths[0]!r} first of all.")
-    return replace(folder, train=train, validation=validation)
+    return replace(folder, train=train, validation=validation, test=test)
 
 
 def _part_without(part: FolderPart, skipped: frozenset[str]) -> FolderPart:
-    kept = [pair for pair in zip(part.paths, part.labels, strict=True) if pair[0] not in skipped]
-    return FolderPart(tuple(path for path, _ in kept), tuple(label for _, label in kept))
+    return part.only([index for index, path in enumerate(part.paths) if path not in skipped])

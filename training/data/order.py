@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.seeding import derive_seed
 
 
@@ -66,9 +67,7 @@ def stratified_split(labels: Sequence[int], keys: Sequence[int | str], held_out:
     held_out: how many in all. Shares are rounded by largest remainder (ties: the smaller class index), then kept such
     that a class of two or more images has one on each side; a class of one image stays whole.
     """
-    members: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
-    for index, label in enumerate(labels):
-        members[label].append(index)
+    members = _members(labels)
     shares = {label: held_out * len(group) / len(labels) for label, group in members.items()}
     counts = {label: int(share) for label, share in shares.items()}
     by_remainder = sorted(members, key=lambda label: counts[label] - shares[label])
@@ -77,6 +76,40 @@ def stratified_split(labels: Sequence[int], keys: Sequence[int | str], held_out:
     chosen: set[int] = set()
     for label, group in members.items():
         count = min(max(counts[label], 1), len(group) - 1)
-        ranked = sorted(group, key=lambda index: (derive_seed("held out", keys[index]), index))
-        chosen.update(ranked[:count])
+        chosen.update(_ranked("held out", group, keys)[:count])
     return [i for i in range(len(labels)) if i not in chosen], sorted(chosen)
+
+
+def stratified_fraction(
+    labels: Sequence[int], keys: Sequence[int | str], fraction: float, class_names: Sequence[str]
+) -> list[int]:
+    """Indices of `fraction` of the images of every class, ascending: round(fraction * n) of n, halves up.
+
+    keys: as in `stratified_split`; the hashes are others. A smaller fraction lies within a larger one.
+    TrainingError for a class that no image is left of.
+    """
+    if fraction == 1.0:
+        return list(range(len(labels)))
+    chosen: list[int] = []
+    for label, group in _members(labels).items():
+        count = int(fraction * len(group) + 0.5)
+        if not count:
+            raise TrainingError(
+                f"data.fraction is {fraction}, which leaves class {class_names[label]!r} none of its {len(group)} "
+                f"training images; make it at least {0.5 / len(group):.3g}."
+            )
+        chosen += _ranked("fraction", group, keys)[:count]
+    return sorted(chosen)
+
+
+def _members(labels: Sequence[int]) -> dict[int, list[int]]:
+    """Class index -> its images, ascending; classes ascending, too."""
+    members: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    return members
+
+
+def _ranked(purpose: str, group: Sequence[int], keys: Sequence[int | str]) -> list[int]:
+    """The images in the order of the hashes of their keys."""
+    return sorted(group, key=lambda index: (derive_seed(purpose, keys[index]), index))

@@ -32,9 +32,15 @@ def load_shards(root: Path, config: DataConfig, *, seed: int) -> ImageDataset:
     config.image_size 0 means 224. Grayscale if every one of COLOUR_SAMPLE images, spread evenly over train, is. With
     config.skip_bad_images every image is decoded once, when the shards are indexed. seed draws the images that the
     pixel statistics are taken from.
-    TrainingError for a missing part, shards as `open_index` refuses them, a label without a class, or a class without
-    training images.
+    TrainingError for a config that carves or takes a fraction, a missing part, shards as `open_index` refuses them, a
+    label without a class, or a class without training images.
     """
+    for key, value, default in (("validation", config.validation, "given"), ("fraction", config.fraction, 1.0)):
+        if value != default:
+            raise TrainingError(
+                f"data.{key} is {value!r}, but shards are taken as they are; move some of them to another folder, and "
+                f"leave data.{key} at {default!r}."
+            )
     parts = {part: _open(root / part, config) for part in (TRAIN, _validation_part(root))}
     train, validation = parts.values()
     class_names = _class_names(root, parts)

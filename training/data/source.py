@@ -78,8 +78,9 @@ class ImageSource(Protocol):
 class ImageDataset:
     """Training and validation images of one size, with what a model has to know about them.
 
+    test: the part that the data set gives for validation, where that is carved instead; nothing in training reads it.
     channels: 1 (grayscale) or 3 (RGB). height, width: pixels. class_names: by class index.
-    pixel_mean, pixel_std: one number each over the training images, in pixel units (0..255); std > 0.
+    pixel_mean, pixel_std: one number each over the images that are trained on, in pixel units (0..255); std > 0.
     skipped: unreadable files that were left out, which happens only where data.skip_bad_images allows it.
     """
 
@@ -92,3 +93,4 @@ class ImageDataset:
     pixel_mean: float
     pixel_std: float
     skipped: tuple[str, ...] = ()
+    test: ImageSource | None = None
