@@ -153,7 +153,8 @@ class MecConfig:
     code: which tensors are coded. beta: weight of the objective in the loss. distortion: eps^2, for rows of unit RMS.
     experts, order: size of the mixture and terms of its Taylor series. samples: rows coded per tensor.
     views: one, augmented (a second augmentation) or teacher (the full-precision network's features).
-    warmup: fraction of the QAT steps over which beta rises linearly from 0.
+    warmup, decay: fractions of the QAT steps over which beta rises linearly from 0 at the start, and falls to 0 at the
+    end. layers: unit name patterns (fnmatch) whose activations and weights are coded; empty for all.
     gather: with several processes, code the rows of all of them together, as one process would, or each its own.
     """
 
@@ -167,16 +168,36 @@ class MecConfig:
     center: bool = True
     views: str = "one"
     warmup: float = 0.1
+    decay: float = 0.0
+    layers: tuple[str, ...] = ()
     gather: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "code", tuple(self.code))
+        for key in ("code", "layers"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
         for name in self.code:
             _require_choice("mec.code", name, CODED_TENSORS)
         _require_choice("mec.form", self.form, FORMS)
         _require_choice("mec.views", self.views, VIEWS)
-        for key, minimum in (("beta", 0.0), ("experts", 1), ("order", 1), ("samples", 2), ("warmup", 0.0)):
+        for key, minimum in (
+            ("beta", 0.0),
+            ("experts", 1),
+            ("order", 1),
+            ("samples", 2),
+            ("warmup", 0.0),
+            ("decay", 0.0),
+        ):
             _require_at_least(f"mec.{key}", getattr(self, key), minimum)
+        if self.decay > 0 and self.warmup + self.decay > 1:
+            raise TrainingError(
+                f"mec.warmup is {self.warmup} and mec.decay {self.decay}: beta would fall before it has risen; lower "
+                "them to 1 together."
+            )
+        if self.layers and not {"activations", "weights"} & set(self.code):
+            raise TrainingError(
+                "mec.layers chooses among activations and weights, and mec.code asks for neither; add one to it, or "
+                "leave mec.layers out."
+            )
         if not self.distortion > 0:
             raise TrainingError(f"mec.distortion is {self.distortion}; it must be positive.")
 

@@ -50,13 +50,16 @@ def mec_objective(
 
     other: the second view's recording, when config.views is augmented or teacher: features are then coded against its
     features, row by row (a teacher's are detached); activations and weights are always coded by themselves.
-    step_fraction: QAT steps done / all QAT steps, 0..1; beta rises linearly from 0 while it is under config.warmup.
+    step_fraction: QAT steps done / all QAT steps, 0..1; beta rises linearly from 0 while it is under config.warmup,
+    and falls linearly to 0 in the last config.decay of it.
     generator: picks the rows where a tensor has more than config.samples. Any device; none: the global one.
 
     Raises TrainingError when a tensor that config.code asks for was not recorded, or the views do not fit together.
     """
     means = {kind: _mean_rate(kind, recording, config, other, generator) for kind in config.code}
-    beta = config.beta * (min(1.0, step_fraction / config.warmup) if config.warmup > 0 else 1.0)
+    risen = min(1.0, step_fraction / config.warmup) if config.warmup > 0 else 1.0
+    left = min(1.0, (1.0 - step_fraction) / config.decay) if config.decay > 0 else 1.0
+    beta = config.beta * risen * left
     device = next(iter(means.values())).device if means else None
     rates = [mean.to(device) for mean in means.values()]
     total = beta * torch.stack(rates).mean() if rates else torch.zeros(())

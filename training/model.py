@@ -50,16 +50,21 @@ class QuantizedModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor: ...
 
     @overload
-    def forward(self, pixels: Tensor, code: Collection[str]) -> tuple[Tensor, Recording]: ...
+    def forward(
+        self, pixels: Tensor, code: Collection[str], layers: Collection[str] = ()
+    ) -> tuple[Tensor, Recording]: ...
 
-    def forward(self, pixels: Tensor, code: Collection[str] = ()) -> Tensor | tuple[Tensor, Recording]:
+    def forward(
+        self, pixels: Tensor, code: Collection[str] = (), layers: Collection[str] = ()
+    ) -> Tensor | tuple[Tensor, Recording]:
         """uint8 [N, C, H, W] to logits float32 [N, classes].
 
         code: which of features, activations and weights (CODED_TENSORS) to return beside the logits, attached to the
-        autograd graph; each costs a pass over its tensors.
+        autograd graph; each costs a pass over its tensors. layers: names of the units whose activations and
+        weights these are; empty for all.
         """
         x = self.quantize(pixels)
-        return self._recorded(x, code) if code else self.run(x)
+        return self._recorded(x, code, layers) if code else self.run(x)
 
     def quantize(self, pixels: Tensor) -> QTensor:
         """Raw pixels, uint8 [N, C, H, W], as the program reads them. Raises TrainingError for any other dtype."""
@@ -133,14 +138,16 @@ class QuantizedModel(nn.Module):
         found = [module.step for module in self.modules() if isinstance(module, ActivationQuantizer) and module.pact]
         return list(dict.fromkeys(found))
 
-    def _recorded(self, x: QTensor, code: Collection[str]) -> tuple[Tensor, Recording]:
+    def _recorded(self, x: QTensor, code: Collection[str], layers: Collection[str]) -> tuple[Tensor, Recording]:
         recording, logits = Recording(), None
         last = self.last_layer() if "features" in code else ""
         coded = next((step.reads[0] for step in self.program if step.unit == last), "")
+        coded_units = set(layers) or {step.unit for step in self.program}
+        coded_values = {value for name in coded_units for value in self.unit(name).output_names}
         for _, name, value in chain([(None, PIXELS, x)], self.values(x)):
             if name == LOGITS:
                 logits = value
-            elif "activations" in code and isinstance(value, QTensor) and name != PIXELS:
+            elif "activations" in code and isinstance(value, QTensor) and name in coded_values:
                 recording.activations[name] = value.dequantize()
             if name == coded:
                 features = value.dequantize() if isinstance(value, QTensor) else value
@@ -148,7 +155,7 @@ class QuantizedModel(nn.Module):
                 recording.features = features.flatten(2).mean(2) if features.dim() == 4 else features
         if "weights" in code:
             for name, unit in self.units().items():
-                if isinstance(unit, WeightedUnit):
+                if isinstance(unit, WeightedUnit) and name in coded_units:
                     codes, step = unit.weight_quantizer(unit.weight)
                     recording.weights[name] = codes.flatten(1) * step.view(-1, 1)
         assert isinstance(logits, Tensor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 _USER_FILE = re.compile(r"(?P<file>.+\.py):(?P<factory>[^\W\d]\w*)")
@@ -26,6 +28,13 @@ def user_file(model: str) -> tuple[Path, str] | None:
 def are_published(weights: str) -> bool:
     """Whether `weights` is a name among a network's published weights (DEFAULT, IMAGENET1K_V1), not a file."""
     return weights.isidentifier()
+
+
+def no_match(key: str, pattern: str, units: Sequence[str]) -> str:
+    """What to say of a pattern under `key` that matches none of the units: which one was meant, or which there are."""
+    close = get_close_matches(pattern, units, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Units are: {', '.join(units[:8])}, ..."
+    return f"{key}: {pattern!r} matches no unit. {hint}"
 
 
 def may_change(key: str, then: object, now: object) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mecdeploy.training.coded_layers import coded_layers
 from mecdeploy.training.config import MecConfig, TrainConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import channels_last
@@ -152,6 +153,7 @@ class QuantizedTask:
         self.network, self.device, self.world = network, device, world
         self.forward: Callable[..., Any] = network
         self.label_smoothing, self.mec, self.teacher = label_smoothing, mec, teacher
+        self.coded = () if mec is None else coded_layers(network, mec)
         self.views = 2 if mec is not None and mec.views == "augmented" else 1
 
     def loss(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
@@ -161,7 +163,7 @@ class QuantizedTask:
         if self.mec is None:
             logits, recording = self.forward(pixels), None
         else:
-            logits, recording = self.forward(pixels, self.mec.code)
+            logits, recording = self.forward(pixels, self.mec.code, self.coded)
         task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         correct = _correct(logits, labels) / self.views
         if self.mec is None or recording is None:

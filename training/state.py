@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.checkpoint import Checkpoint, Position
+from mecdeploy.training.coded_layers import coded_layers
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import place
@@ -89,6 +90,8 @@ class State:
         self._begin_float()
         if config.method != "fp32":
             model = self._prepared()  # what cannot be quantised is refused before it is trained, not after
+            if config.method == "mec":
+                coded_layers(model, config.mec)
             if accept is not None:
                 accept(model.cpu())
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.names import no_match
 from mecdeploy.training.plans import PASS_THROUGH, Plan, Plans
 
 SKIP, ACT = "skip", "act"
@@ -98,6 +98,4 @@ def _check_patterns(plans: Plans, config: QuantConfig) -> None:
     names = list(plans.by_name)
     for pattern in config.overrides:
         if not any(fnmatchcase(name, pattern) for name in names):
-            close = difflib.get_close_matches(pattern, names, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Units are: {', '.join(names[:8])}, ..."
-            raise TrainingError(f"quant.overrides: {pattern!r} matches no unit.{hint}")
+            raise TrainingError(no_match("quant.overrides", pattern, names))

@@ -37,7 +37,8 @@ EQUAL_RUNS = {
     "lsq": tiny_config(method="lsq", **SHORT),
     "mec": tiny_config(mec=ALL_CODED, **SHORT),
     "mec_activations_first": tiny_config(
-        mec=MecConfig(code=("activations", "features"), samples=8, experts=2, form="exact"), **SHORT
+        mec=MecConfig(code=("activations", "features"), layers=("conv1", "add"), samples=8, experts=2, form="exact"),
+        **SHORT,
     ),
     "mec_two_views": tiny_config(
         mec=MecConfig(code=("features", "activations"), samples=6, experts=2, views="augmented"), **SHORT

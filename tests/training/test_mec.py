@@ -96,6 +96,15 @@ def test_beta_rises_linearly_and_stays(warmup: float, fraction: float, beta: flo
     assert result.total.item() == pytest.approx(beta * result.terms["features"].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "decay", "fraction", "beta"),
+    [(0.0, 0.5, 0.4, 0.2), (0.0, 0.5, 0.75, 0.1), (0.5, 0.5, 0.5, 0.2), (0.5, 0.5, 0.25, 0.1), (0.1, 1e-3, 1.0, 0.0)],
+)
+def test_beta_falls_linearly_at_the_end(warmup: float, decay: float, fraction: float, beta: float) -> None:
+    result = mec_objective(recording(), MecConfig(beta=0.2, warmup=warmup, decay=decay), step_fraction=fraction)
+    assert result.terms["beta"].item() == pytest.approx(beta, rel=1e-6)  # it passes through float32
+
+
 def test_logged_terms_keep_no_graph_and_the_total_does() -> None:
     result = mec_objective(recording(), MecConfig(), step_fraction=1.0)
     assert result.total.requires_grad
