@@ -208,6 +208,7 @@ class ScheduleConfig:
 
     fp_epochs: full-precision epochs before QAT. epochs: QAT epochs, of which the last frozen_epochs run with BatchNorm
     frozen and the deployed arithmetic simulated. calibration_images: training images that set the first step sizes.
+    step_rate: learning rate of the quantisers' step sizes, in those of the weights; 0 leaves them as calibrated.
     batch_size: images of one optimiser step, on all processes together. accumulation: parts in which they are worked
     through one after the other, for networks whose batch does not fit the memory.
     compile: whether the live stages run through torch.compile: faster steps, after a first one of a minute or so.
@@ -222,6 +223,7 @@ class ScheduleConfig:
     batch_size: int = 128
     fp_learning_rate: float = 0.1
     learning_rate: float = 0.02
+    step_rate: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
@@ -236,6 +238,7 @@ class ScheduleConfig:
         minimums = {"fp_epochs": 0, "epochs": 0, "frozen_epochs": 0, "batch_size": 2}
         for key, minimum in {**minimums, "calibration_images": 1, "keep_checkpoints": 1, "accumulation": 1}.items():
             _require_at_least(f"schedule.{key}", getattr(self, key), minimum)
+        _require_at_least("schedule.step_rate", self.step_rate, 0.0)
         _require_choice("schedule.batch_norm", self.batch_norm, BATCH_NORMS)
         if self.batch_size % self.accumulation:
             raise TrainingError(

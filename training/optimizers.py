@@ -54,6 +54,7 @@ def build_optimizer(
     """Guarded SGD with momentum in groups: weights, which decay; biases and normalisation; quantiser step sizes.
 
     step_sizes: the parameters of `model` that are LSQ steps; decay would pull them towards finer grids for no reason.
+    They learn at schedule.step_rate times the rate of the others.
     clipping_steps: those that follow PACT instead, whose regularisation (Choi et al. 2018, arXiv:1805.06085, sec. 3) is
     decay, at the rate of the weights.
     """
@@ -72,6 +73,7 @@ def build_optimizer(
                 "params": parameters,
                 "weight_decay": schedule.weight_decay if name in ("weights", "clips") else 0.0,
                 "step_sizes": name in ("steps", "clips"),
+                "relative_rate": schedule.step_rate if name in ("steps", "clips") else 1.0,
             }
             for name, parameters in groups.items()
             if parameters
@@ -98,9 +100,9 @@ def learning_rate(base: float, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` in every group."""
+    """Use `rate` in every group, times the group's own relative_rate where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("relative_rate", 1.0)
 
 
 def momentum_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -4,12 +4,23 @@ import math
 
 import pytest
 import torch
-from tiny_run import build_tiny
+from tiny_run import (
+    FINAL,
+    assert_same_run,
+    build_tiny,
+    interrupt_at,
+    is_step,
+    tensors_in,
+    tiny_config,
+    tiny_dataset,
+)
 from torch import nn
 
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig, ScheduleConfig
+from mecdeploy.training.events import TrainingInterrupted
 from mecdeploy.training.input_spec import InputSpec
+from mecdeploy.training.loop import train
 from mecdeploy.training.optimizers import (
     GuardedSGD,
     build_optimizer,
@@ -50,6 +61,38 @@ def test_step_sizes_are_a_group_of_their_own_without_decay():
     assert {id(p) for p in group["params"]} == steps and group["weight_decay"] == 0.0
     everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert sorted(everything) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_step_sizes_learn_at_a_rate_of_their_own(share):
+    """By hand, in exact binary fractions: one update without momentum moves by the rate times the gradient."""
+    spec = InputSpec(channels=1, height=8, width=8, pixel_scale=0.01, pixel_zero_point=128)
+    model = prepare(tiny(), QuantConfig(), spec)
+    schedule = ScheduleConfig(momentum=0.0, weight_decay=0.0, step_rate=share)
+    optimizer = build_optimizer(model, schedule, model.step_sizes())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.25)
+    set_learning_rate(optimizer, 0.5)
+    optimizer.step()
+    steps = {id(step) for step in model.step_sizes()}
+    for name, parameter in model.named_parameters():
+        rate = 0.5 * share if id(parameter) in steps else 0.5
+        assert torch.equal(parameter, before[name] - rate * 0.25), name
+
+
+def test_a_run_with_a_step_rate_differs_in_its_steps_and_resumes_to_the_bit(tmp_path, uninterrupted, tiny_models):
+    config = tiny_config(step_rate=0.0)
+    train(config, tiny_dataset(), tmp_path / "whole")
+    with pytest.raises(TrainingInterrupted):
+        train(config, tiny_dataset(), tmp_path / "run", report=interrupt_at(is_step("qat", 2, 2)))
+    train(config, tiny_dataset(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    first, last = (tensors_in(tmp_path / "whole" / name) for name in ("checkpoint-qat-0002.safetensors", FINAL))
+    steps = [name for name in first if name.startswith("model.") and name.endswith(".step")]
+    assert steps and all(torch.equal(first[name], last[name]) for name in steps)  # as they were calibrated
+    learned = tensors_in(uninterrupted / FINAL)
+    assert not any(torch.equal(learned[name], last[name]) for name in steps)
 
 
 def test_one_update_by_hand():
