@@ -209,6 +209,8 @@ class ScheduleConfig:
     fp_epochs: full-precision epochs before QAT. epochs: QAT epochs, of which the last frozen_epochs run with BatchNorm
     frozen and the deployed arithmetic simulated. calibration_images: training images that set the first step sizes.
     step_rate: learning rate of the quantisers' step sizes, in those of the weights; 0 leaves them as calibrated.
+    averaging: decay, per step, of a moving average of all parameters over the live epochs, which then takes their place
+    for the frozen ones; 0 for none.
     batch_size: images of one optimiser step, on all processes together. accumulation: parts in which they are worked
     through one after the other, for networks whose batch does not fit the memory.
     compile: whether the live stages run through torch.compile: faster steps, after a first one of a minute or so.
@@ -224,6 +226,7 @@ class ScheduleConfig:
     fp_learning_rate: float = 0.1
     learning_rate: float = 0.02
     step_rate: float = 1.0
+    averaging: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
@@ -248,6 +251,15 @@ class ScheduleConfig:
         for key in ("fp_learning_rate", "learning_rate", "save_minutes"):
             if not getattr(self, key) > 0:
                 raise TrainingError(f"schedule.{key} is {getattr(self, key)}; it must be positive.")
+        if not 0.0 <= self.averaging < 1.0:
+            raise TrainingError(
+                f"schedule.averaging is {self.averaging}; it is a decay per step, at least 0 and below 1."
+            )
+        if self.averaging and 0 < self.epochs == self.frozen_epochs:
+            raise TrainingError(
+                f"schedule.averaging is {self.averaging}, but all {self.epochs} epochs are frozen and there is nothing "
+                "to average; lower schedule.frozen_epochs, or set it to 0."
+            )
         if self.frozen_epochs > self.epochs:
             raise TrainingError(
                 f"schedule.frozen_epochs is {self.frozen_epochs}, more than schedule.epochs ({self.epochs}); lower it."

@@ -75,7 +75,9 @@ class Session:
             state.quantize()
             self._consistent = True
         if stage.name == "deploy" and state.position.stage != "deploy":
+            self._consistent = False
             state.freeze()
+            self._consistent = True
         if state.position.epoch < stage.epochs:
             self._losses, self._sizes = LossWatch(len(state.dataset.class_names)), SizeWatch(state.task.network)
             self._announce(stage.name, stage.epochs, stage.steps)
@@ -141,6 +143,8 @@ class Session:
         rate = learning_rate(stage.base_rate, done, stage.schedule_steps)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
+        if state.average is not None:
+            state.average.update(epoch * stage.steps + step)
         self._losses.add(measured.terms["task"], warming_up=done < warmup_steps(stage.schedule_steps))
         self._sizes.look(epoch + 1, step + 1)
         state.tally.add(measured.images, measured.loss, measured.correct, measured.terms)
@@ -264,6 +268,10 @@ class Session:
         accuracy = state.accuracy_fp32
         if state.model is not None:
             trained = last is not None and last["stage"] != "fp32"
+            # An average that entered after the last epoch has not been measured.
+            trained = trained and not (
+                state.config.schedule.averaging and state.position == Position.of("deploy", 0, 0)
+            )
             accuracy = last["validation_accuracy"] if last is not None and trained else self._validate()
         tensors = {name: tensor for name, tensor in state.tensors().items() if not name.startswith("momentum.")}
         try:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mecdeploy.training.averaging import STATISTICS_BATCHES, WeightAverage, estimate_statistics
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.checkpoint import Checkpoint, Position
 from mecdeploy.training.coded_layers import coded_layers
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
-from mecdeploy.training.device import place
+from mecdeploy.training.device import channels_last, place
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.initial import fill, load_tensors, read_weights
 from mecdeploy.training.input_spec import InputSpec
@@ -58,7 +60,8 @@ class State:
     """A run's networks, optimiser and position.
 
     float_model: the full-precision network, unchanged after stage fp32. model: the quantised one, once there is one.
-    world: the processes that have the same state.
+    average: of the quantised one's parameters, in stage qat where schedule.averaging asks for it. world: the processes
+    that have the same state.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class State:
             device,
         )
         self.model: QuantizedModel | None = None
+        self.average: WeightAverage | None = None
         self.position = Position.of("fp32", 0, 0)
         self.tally = Tally()
         self.history: list[dict[str, Any]] = []
@@ -121,10 +125,19 @@ class State:
         calibrate(model, self._calibration_batches())
         self._begin_quantized(model)
         self.position = Position.of("qat", 0, 0)
+        self._begin_average(model)
 
     def freeze(self) -> None:
-        """Enter stage deploy."""
+        """Enter stage deploy, with the average of the parameters where there is one.
+
+        The momentum is forgotten then: it was gathered elsewhere.
+        """
         assert self.model is not None
+        if self.average is not None:
+            self.average.put_in()
+            self.average = None
+            estimate_statistics(self.model, self._statistics_batches())
+            self.optimizer = build_optimizer(self.model, self.config.schedule, self.model.step_sizes())
         self.model.freeze()
         self.position = Position.of("deploy", 0, 0)
 
@@ -133,6 +146,8 @@ class State:
         named = {f"float.{name}": tensor for name, tensor in self.float_model.state_dict().items()}
         if self.model is not None:
             named |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.average is not None:
+            named |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
         momentum = momentum_tensors(self.optimizer, self.task.network)
         return named | {f"momentum.{name}": tensor for name, tensor in momentum.items()}
 
@@ -171,6 +186,9 @@ class State:
                 model.freeze()
             model.load_state_dict(checkpoint.section("model"))
             self._begin_quantized(model)
+            self._begin_average(model)
+            if self.average is not None:
+                self.average.restore(checkpoint.section("average"))
         restore_momentum(self.optimizer, self.task.network, checkpoint.section("momentum"))
         self.tally = Tally(**header["tally"])
         self.history, self.accuracy_fp32 = header["history"], header["accuracy_fp32"]
@@ -203,6 +221,22 @@ class State:
             world=self.world,
         )
         self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes(), model.clipping_steps())
+
+    def _begin_average(self, model: QuantizedModel) -> None:
+        decay = self.config.schedule.averaging
+        if decay > 0 and self.position.stage == "qat":
+            self.average = WeightAverage(model, decay)
+
+    def _statistics_batches(self) -> Iterator[Tensor]:
+        """The same for every process, and whole, so that all come to the same statistics."""
+        batches = self.dataset.train.batches(
+            self.config.schedule.batch_size,
+            device=self.device,
+            seed=derive_seed(self.config.seed, "statistics"),
+            augment=self.config.data.augment,
+            drop_last=True,
+        )
+        return (channels_last(batch.images[0], self.device) for batch in islice(batches, STATISTICS_BATCHES))
 
     def _prepared(self) -> QuantizedModel:
         model = place(prepare(self.float_model, self.config.quant, self.spec, self.config.method), self.device)

@@ -35,6 +35,7 @@ SHORT: dict[str, Any] = {"batch_size": 12, "fp_epochs": 1, "epochs": 2, "frozen_
 ALL_CODED = MecConfig(code=("features", "activations", "weights"), samples=16, experts=2)
 EQUAL_RUNS = {
     "lsq": tiny_config(method="lsq", **SHORT),
+    "averaging": tiny_config(method="lsq", averaging=0.9, **SHORT),
     "mec": tiny_config(mec=ALL_CODED, **SHORT),
     "mec_activations_first": tiny_config(
         mec=MecConfig(code=("activations", "features"), layers=("conv1", "add"), samples=8, experts=2, form="exact"),
