@@ -118,6 +118,8 @@ class QuantConfig:
     zero_point: of values of both signs: fixed in the middle of the range, or learned (LSQ+), which suits the skewed
     outputs of swish.
     float_layers: operator name patterns (fnmatch) that stay in float.
+    damping: largest weight of the loss that draws weights to the middle of their bins; 0 for none. freezing: how often,
+    on average, a weight's integer may turn back in a step before it is held; 0 for always. Both of layers below 8 bits.
     overrides: unit name pattern (fnmatch) -> {"weight_bits": b, "act_bits": b}; the last match wins.
     """
 
@@ -127,6 +129,8 @@ class QuantConfig:
     skip_bits: int = 8
     zero_point: str = "fixed"
     float_layers: tuple[str, ...] = ()
+    damping: float = 0.0
+    freezing: float = 0.0
     overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,6 +138,11 @@ class QuantConfig:
             _require_choice(f"quant.{key}", getattr(self, key), BIT_WIDTHS)
         _require_choice("quant.zero_point", self.zero_point, ZERO_POINTS)
         object.__setattr__(self, "float_layers", tuple(self.float_layers))
+        _require_at_least("quant.damping", self.damping, 0.0)
+        if not 0.0 <= self.freezing < 1.0:
+            raise TrainingError(
+                f"quant.freezing is {self.freezing}; it is a frequency, at least 0 and below 1 (0.02 to 0.1 is usual)."
+            )
         for pattern, widths in self.overrides.items():
             for key, bits in widths.items():
                 if key not in ("weight_bits", "act_bits"):
@@ -292,6 +301,11 @@ class TrainConfig:
             object.__setattr__(self, "quant", replace(self.quant, zero_point="learned"))
         _require_choice("device", self.device, DEVICES)
         _require_at_least("seed", self.seed, 0)
+        if self.quant.freezing and self.schedule.averaging:
+            raise TrainingError(
+                f"quant.freezing is {self.quant.freezing} and schedule.averaging {self.schedule.averaging}; an average "
+                "would move weights that are frozen. Set one of them to 0."
+            )
         if self.schedule.compile and self.quant.zero_point == "learned":
             raise TrainingError(
                 "schedule.compile is true and quant.zero_point learned (method lsq+ has it so); a compiled graph "

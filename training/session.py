@@ -143,6 +143,8 @@ class Session:
         rate = learning_rate(stage.base_rate, done, stage.schedule_steps)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
+        if state.freezer is not None and stage.name != "fp32":
+            state.freezer.update()
         if state.average is not None:
             state.average.update(epoch * stage.steps + step)
         self._losses.add(measured.terms["task"], warming_up=done < warmup_steps(stage.schedule_steps))
@@ -273,7 +275,9 @@ class Session:
                 state.config.schedule.averaging and state.position == Position.of("deploy", 0, 0)
             )
             accuracy = last["validation_accuracy"] if last is not None and trained else self._validate()
-        tensors = {name: tensor for name, tensor in state.tensors().items() if not name.startswith("momentum.")}
+        tensors = {
+            name: tensor for name, tensor in state.tensors().items() if not name.startswith(("momentum.", "freezer."))
+        }
         try:
             if self.world.main:
                 write_checkpoint(path, tensors, {**self._header(), "accuracy": accuracy, "finished": True})

@@ -20,6 +20,7 @@ from mecdeploy.training.gathering import gather_recordings
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.mec import mec_objective
 from mecdeploy.training.model import QuantizedModel
+from mecdeploy.training.oscillation import damping_loss, damping_weight, low_bit_layers
 from mecdeploy.training.recording import Recording
 from mecdeploy.training.world import ALONE, World
 
@@ -154,9 +155,18 @@ class QuantizedTask:
         self.forward: Callable[..., Any] = network
         self.label_smoothing, self.mec, self.teacher = label_smoothing, mec, teacher
         self.coded = () if mec is None else coded_layers(network, mec)
+        self.damped = low_bit_layers(network) if network.config.damping else {}
         self.views = 2 if mec is not None and mec.views == "augmented" else 1
 
     def loss(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
+        """That of what the network computes, and of where its weights lie."""
+        loss = self._computed(batch, fraction=fraction, seed=seed)
+        if not self.damped:
+            return loss
+        damping = damping_weight(self.network.config.damping, fraction) * damping_loss(self.damped)
+        return Loss(loss.total + damping, loss.correct, {**loss.terms, "damping": damping})
+
+    def _computed(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
         """Task loss over every view, and the objective of the first against the second or the teacher's."""
         pixels = channels_last(torch.cat(batch.images), self.device)
         labels = batch.labels.to(self.device).repeat(self.views)

@@ -26,6 +26,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.names import are_published, may_change
 from mecdeploy.training.optimizers import build_optimizer, momentum_tensors, restore_momentum
+from mecdeploy.training.oscillation import WeightFreezer, low_bit_layers
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.published import published_weights
 from mecdeploy.training.seeding import derive_seed
@@ -60,8 +61,8 @@ class State:
     """A run's networks, optimiser and position.
 
     float_model: the full-precision network, unchanged after stage fp32. model: the quantised one, once there is one.
-    average: of the quantised one's parameters, in stage qat where schedule.averaging asks for it. world: the processes
-    that have the same state.
+    average: of the quantised one's parameters, in stage qat where schedule.averaging asks for it. freezer: of its
+    weights, where quant.freezing asks for it. world: the processes that have the same state.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class State:
         )
         self.model: QuantizedModel | None = None
         self.average: WeightAverage | None = None
+        self.freezer: WeightFreezer | None = None
         self.position = Position.of("fp32", 0, 0)
         self.tally = Tally()
         self.history: list[dict[str, Any]] = []
@@ -96,6 +98,7 @@ class State:
             model = self._prepared()  # what cannot be quantised is refused before it is trained, not after
             if config.method == "mec":
                 coded_layers(model, config.mec)
+            low_bit_layers(model)
             if accept is not None:
                 accept(model.cpu())
 
@@ -148,6 +151,8 @@ class State:
             named |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.average is not None:
             named |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
+        if self.freezer is not None:
+            named |= {f"freezer.{name}": tensor for name, tensor in self.freezer.tensors().items()}
         momentum = momentum_tensors(self.optimizer, self.task.network)
         return named | {f"momentum.{name}": tensor for name, tensor in momentum.items()}
 
@@ -189,6 +194,8 @@ class State:
             self._begin_average(model)
             if self.average is not None:
                 self.average.restore(checkpoint.section("average"))
+            if self.freezer is not None:
+                self.freezer.restore(checkpoint.section("freezer"))
         restore_momentum(self.optimizer, self.task.network, checkpoint.section("momentum"))
         self.tally = Tally(**header["tally"])
         self.history, self.accuracy_fp32 = header["history"], header["accuracy_fp32"]
@@ -212,6 +219,8 @@ class State:
         mec = self.config.mec if self.config.method == "mec" else None
         teacher = feature_extractor(self.float_model) if mec is not None and mec.views == "teacher" else None
         self.model = model
+        if self.config.quant.freezing:
+            self.freezer = WeightFreezer(low_bit_layers(model), self.config.quant.freezing)
         self.task = QuantizedTask(
             model,
             label_smoothing=self.config.schedule.label_smoothing,

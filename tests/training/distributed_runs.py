@@ -7,6 +7,7 @@ import io
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from mecdeploy.training import state
 from mecdeploy.training.batch_moments import SynchronizedBatchNorm
-from mecdeploy.training.config import MecConfig, TrainConfig
+from mecdeploy.training.config import MecConfig, QuantConfig, TrainConfig
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.errors import PeerFailed, TrainingError
 from mecdeploy.training.events import TrainingInterrupted
@@ -44,7 +45,10 @@ EQUAL_RUNS = {
     "mec_two_views": tiny_config(
         mec=MecConfig(code=("features", "activations"), samples=6, experts=2, views="augmented"), **SHORT
     ),
-    "mec_teacher": tiny_config(mec=MecConfig(samples=16, experts=2, views="teacher"), **SHORT),
+    "mec_teacher": replace(
+        tiny_config(mec=MecConfig(samples=16, experts=2, views="teacher"), **SHORT),
+        quant=QuantConfig(damping=0.1, freezing=0.005),
+    ),
 }
 """Whose result must not depend on the number of processes."""
 
