@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mecdeploy.training.calibration import calibrate
     from mecdeploy.training.config import (
         DataConfig,
+        DistillConfig,
         MecConfig,
         ModelConfig,
         QuantConfig,
@@ -49,6 +50,7 @@ _HOMES = {
     "mecdeploy.prediction": ("Prediction", "predict"),
     "mecdeploy.training.config": (
         "DataConfig",
+        "DistillConfig",
         "MecConfig",
         "ModelConfig",
         "QuantConfig",
@@ -64,6 +66,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DataConfig",
+    "DistillConfig",
     "ExportReport",
     "InputSpec",
     "MecConfig",

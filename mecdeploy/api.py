@@ -87,10 +87,17 @@ def train(
         from mecdeploy.training.data import load_dataset
         from mecdeploy.training.device import choose_device
         from mecdeploy.training.loop import train as run_stages
+        from mecdeploy.training.teacher_classes import classes_of_weights, recorded_classes
 
         # Before minutes of decoding images, not after.
         world.everywhere(lambda: choose_device(config.device, world.launch))
-        dataset = world.local_first(lambda: load_dataset(config.data, seed=config.seed))
+        unlabelled = config.data.labels == "none"
+        recorded = world.from_main(lambda: recorded_classes(path)) if resume and unlabelled else None
+        dataset = world.local_first(
+            lambda: load_dataset(
+                config.data, seed=config.seed, classes=lambda shape: recorded or classes_of_weights(config, shape)
+            )
+        )
 
         tell = report or (lambda event: None)
 
@@ -139,6 +146,11 @@ def sensitivity(
     if not settings.parent.is_dir():  # before minutes of measuring, not after
         raise UserError(f"{settings.parent} is no folder; create it first, or choose another --out.")
     config = folder.read_config()
+    if config.data.labels == "none":
+        raise UserError(
+            f"{folder.path} was trained without labels (data.labels is none), and sensitivity measures the cross "
+            "entropy of training images; study a run on labelled images instead."
+        )
     from mecdeploy.training.bit_allocation import with_weight_bits
     from mecdeploy.training.checkpoint import file_sha256
     from mecdeploy.training.data import load_dataset
@@ -214,8 +226,8 @@ def check(
 ) -> ParityReport:
     """Compare an exported file with the network it came from.
 
-    run: the folder of a finished run, whose validation images are used and into which parity.json is written; or a
-    network of your own from `prepare`. model: by default RUN/model.onnx.
+    run: the folder of a finished run, whose validation images are used (without accuracies where they have no labels)
+    and into which parity.json is written; or a network of your own from `prepare`. model: by default RUN/model.onnx.
     images: uint8 [n, C, H, W], labels: [n], both for a network of your own only.
     progress: called with (what, done, total). Raises UserError for a folder that is no run, TrainingError for one that
     has not finished QAT, CheckError for a file that is not ours or cannot be read. A file that computes something else
@@ -232,11 +244,14 @@ def check(
     if not path.is_file():
         raise UserError(f"{path}: no such model file; write it with `mecdeploy export {folder.path}`.")
     from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.data.unlabelled import KnownClasses
 
     loaded = _load(folder)
     config = folder.read_config()
-    validation = load_dataset(config.data, seed=config.seed).validation
-    report = _compare(path, loaded.model, _on_disk(validation), validation.labels.numpy(), progress)
+    classes = KnownClasses(names=loaded.class_names, named=True)
+    dataset = load_dataset(config.data, seed=config.seed, classes=lambda shape: classes)
+    labels = dataset.validation.labels.numpy() if dataset.validation_labelled else None
+    report = _compare(path, loaded.model, _on_disk(dataset.validation), labels, progress)
     if not report.passed and _metadata(path.read_bytes()).get(_DIGEST) != loaded.sha256:
         reason = (
             f"{path} was exported from another checkpoint than {loaded.checkpoint.name}; export {folder.path} again."
@@ -251,7 +266,7 @@ def _compare(
     path: Path,
     network: QuantizedModel,
     images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> ParityReport:
     import torch

@@ -65,6 +65,10 @@ def cli(context: click.Context) -> None:
     metavar="[mec|lsq|lsq+|pact|dorefa|fp32]",
     help="LSQ with the coding objective, LSQ alone, another baseline, or full precision only.",
 )
+@click.option(
+    "--labels", "data__labels", metavar="[given|none]", help="none: images alone; the full-precision --weights teach."
+)
+@click.option("--distill", "distill__weight", type=float, metavar="WEIGHT", help="Of what the full precision teaches.")
 @click.option("--epochs", "schedule__epochs", type=int, help="Epochs of quantisation-aware training.")
 @click.option("--fp-epochs", "schedule__fp_epochs", type=int, help="Epochs of full-precision training before it.")
 @click.option(

@@ -47,7 +47,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
 def resolve(settings: Mapping[str, Any], *, source: str = "") -> TrainConfig:
     """Settings as a validated TrainConfig; what nobody set has its default.
 
-    A short run gets a short final phase, unless the settings name one: at most half of its epochs, rounded up.
+    A short run gets a short final phase, unless the settings name one: at most half of its epochs, rounded up. A run
+    without labels gets no full-precision epochs, unless they ask for some (which is refused).
     source: the file to blame in messages, if any.
     Raises UserError for an unknown key (did you mean) or a value of the wrong type, TrainingError for one out of range.
     """
@@ -55,6 +56,8 @@ def resolve(settings: Mapping[str, Any], *, source: str = "") -> TrainConfig:
     if isinstance(schedule, Mapping) and "frozen_epochs" not in schedule and type(schedule.get("epochs")) is int:
         default = TrainConfig().schedule.frozen_epochs
         settings = merge(settings, {"schedule": {"frozen_epochs": max(0, min(default, (schedule["epochs"] + 1) // 2))}})
+    if isinstance(data := settings.get("data"), Mapping) and data.get("labels") == "none":
+        settings = merge({"schedule": {"fp_epochs": 0}}, settings)
     config: TrainConfig = _build(TrainConfig, settings, (), f"{source}: " if source else "")
     return config
 
@@ -147,7 +150,8 @@ def _did_you_mean(key: str, path: tuple[str, ...]) -> str:
     """The likeliest key: spelt alike in the same section, or spelt so in another one."""
     if not path and key in _RENAMED:
         return f"; did you mean {_RENAMED[key]!r}?"
-    every = [name for name, _ in _flatten(TrainConfig().describe())] + ["data", "model", "quant", "mec", "schedule"]
+    sections = ["data", "model", "quant", "mec", "distill", "schedule"]
+    every = [name for name, _ in _flatten(TrainConfig().describe())] + sections
     here = {name.removeprefix(_dotted((*path, ""))): name for name in every if name.startswith(_dotted(path))}
     elsewhere = {name.rsplit(".", 1)[-1]: name for name in every}
     for candidates in (here, elsewhere):

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, WarningEvent
+from mecdeploy.training.events import ACCURACY, EpochEvent, Event, StageEvent, StepEvent, WarningEvent
 
 SECONDS_BETWEEN_LINES = 30.0
 """Without a terminal, a long epoch says this often that it is alive."""
@@ -132,7 +132,7 @@ class _Bars:
             rate = f"{event.images_per_second:,.0f} images/s"
             self._figures = f"{self._accuracy}{rate}  {_loss(event.loss, event.terms)}"
         elif isinstance(event, EpochEvent):
-            self._accuracy = f"accuracy {event.validation_accuracy:.2%}  "
+            self._accuracy = f"{event.validation_measure} {event.validation_accuracy:.2%}  "
             self._say(_epoch_line(event))
         elif isinstance(event, WarningEvent):
             self._say(f"Warning: {event.message}")
@@ -178,9 +178,15 @@ def _step_line(event: StepEvent) -> str:
 def _epoch_line(event: EpochEvent) -> str:
     return (
         f"  {event.stage} {event.epoch}/{event.epochs}  {_loss(event.loss, event.terms)}  "
-        f"train {event.train_accuracy:.2%}  validation {event.validation_accuracy:.2%}  "
+        f"train {_share(event.train_accuracy, event.train_measure)}  "
+        f"validation {_share(event.validation_accuracy, event.validation_measure)}  "
         f"{event.images_per_second:,.0f} images/s"
     )
+
+
+def _share(share: float, measure: str) -> str:
+    """A share of right answers, saying what it is unless it is an accuracy."""
+    return f"{share:.2%}" if measure == ACCURACY else f"{share:.2%} ({measure})"
 
 
 def _loss(loss: float, terms: Mapping[str, float]) -> str:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def training(result: TrainResult, method: str) -> Table:
-    """Accuracy of a run."""
-    table = _table("", "validation accuracy")
+    """Accuracy of a run, or without labels how often it agrees with its teacher."""
+    table = _table("", f"validation {result.measure}")
     table.add_row("full precision", _percent(result.accuracy_fp32))
     if method != "fp32":
         table.add_row(f"quantised ({method})", _percent(result.accuracy))
@@ -49,9 +49,13 @@ def parity(report: ParityReport) -> Table:
     if report.first_different_unit is not None:
         table.add_row("first unit that differs", report.first_different_unit)
     table.add_row("... with the optimiser off", f"{report.optimizer_off.integers_different:,} (not promised)")
-    table.add_row("accuracy, PyTorch", f"{_percent(report.accuracy_torch)} ({report.images:,} images)")
-    table.add_row("accuracy, onnxruntime", _percent(report.accuracy_onnxruntime))
-    table.add_row("top-1 agreement", _percent(report.top1_agreement))
+    if report.accuracy_torch is not None and report.accuracy_onnxruntime is not None:
+        table.add_row("accuracy, PyTorch", f"{_percent(report.accuracy_torch)} ({report.images:,} images)")
+        table.add_row("accuracy, onnxruntime", _percent(report.accuracy_onnxruntime))
+        table.add_row("top-1 agreement", _percent(report.top1_agreement))
+    else:
+        table.add_row("accuracy", "unknown: the images have no labels")
+        table.add_row("top-1 agreement", f"{_percent(report.top1_agreement)} ({report.images:,} images)")
     table.add_row("largest logit difference", f"{report.max_logit_difference:g}")
     table.add_row("convolutions and Gemms in float", f"{report.float_convolutions}")
     _add_islands(table, report)
@@ -130,12 +134,8 @@ def demo(result: DemoResult) -> Table:
     """The pipeline's figures side by side."""
     report = result.parity
     table = _table("handwritten digits", "fp32", "PyTorch QAT", "onnxruntime")
-    table.add_row(
-        "accuracy",
-        _percent(result.training.accuracy_fp32),
-        _percent(report.accuracy_torch),
-        _percent(report.accuracy_onnxruntime),
-    )
+    known = report.accuracy_torch or 0.0, report.accuracy_onnxruntime or 0.0  # digits have labels
+    table.add_row("accuracy", *map(_percent, (result.training.accuracy_fp32, *known)))
     table.add_row("integers compared", "", "", f"{report.integers_compared:,}")
     table.add_row("integers different", "", "", f"{report.integers_different:,}")
     table.add_row("file", _bytes(result.fp32_size), "", _bytes(result.export.size))

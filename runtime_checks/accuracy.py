@@ -18,19 +18,22 @@ from mecdeploy.runtime_checks.tally import differences
 def compare_accuracy(
     file: ModelFile,
     images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
     reference: Reference,
     *,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Run both over uint8 images [n, C, H, W] with labels [n], the file as users serve it: nothing exposed."""
+    """Run both over uint8 images [n, C, H, W] with labels [n], the file as users serve it: nothing exposed.
+
+    Without labels there are no accuracies; all else is the same.
+    """
     runtime = Runtime(file)
     correct_torch = correct_onnxruntime = agree = different = 0
     largest = 0.0
     first: int | None = None
     for chosen in batches(len(images), batch_size):
-        pixels, expected = images[chosen], labels[chosen]
+        pixels = images[chosen]
         ours = np.asarray(reference.logits(pixels))
         theirs = runtime.run(pixels)[LOGITS]
         if ours.shape != theirs.shape:
@@ -41,8 +44,9 @@ def compare_accuracy(
         if ours.ndim != 2:
             raise CheckError(f"{file.label}: logits are {list(ours.shape)}; a classifier's are [images, classes].")
         top_torch, top_onnxruntime = ours.argmax(axis=1), theirs.argmax(axis=1)
-        correct_torch += int((top_torch == expected).sum())
-        correct_onnxruntime += int((top_onnxruntime == expected).sum())
+        if labels is not None:
+            correct_torch += int((top_torch == labels[chosen]).sum())
+            correct_onnxruntime += int((top_onnxruntime == labels[chosen]).sum())
         agree += int((top_torch == top_onnxruntime).sum())
         count, gap, where = differences(ours, theirs)
         different += count
@@ -54,8 +58,8 @@ def compare_accuracy(
     total = len(images)
     return Accuracy(
         images=total,
-        accuracy_torch=correct_torch / total,
-        accuracy_onnxruntime=correct_onnxruntime / total,
+        accuracy_torch=None if labels is None else correct_torch / total,
+        accuracy_onnxruntime=None if labels is None else correct_onnxruntime / total,
         top1_agreement=agree / total,
         max_logit_difference=largest,
         logits_different=different,

@@ -32,7 +32,7 @@ _MOST_EXACT = 16
 def check_model(
     model: ModelSource,
     images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
     reference: Reference,
     *,
     exact_images: int = 64,
@@ -42,18 +42,19 @@ def check_model(
 ) -> ParityReport:
     """Check one exported file against the network it was exported from.
 
-    images: uint8 [n, C, H, W], labels: int64 [n]. exact_images of them, spread over the set, are compared integer for
-    integer; all of them by their logits. batch_size: images at once, by default as many as suit their size; at most 16
-    where integers are compared. progress: called with (stage, done, total). extra_versions: of what the reference
-    computes with. Raises CheckError for a file that is not ours, damaged beyond reading, or not runnable.
+    images: uint8 [n, C, H, W], labels: int64 [n], or None: then the report has no accuracies. exact_images of them,
+    spread over the set, are compared integer for integer; all of them by their logits. batch_size: images at once, by
+    default as many as suit their size; at most 16 where integers are compared. progress: called with (stage, done,
+    total). extra_versions: of what the reference computes with.
+    Raises CheckError for a file that is not ours, damaged beyond reading, or not runnable.
     """
     file = read_model(model)
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = np.asarray(images), None if labels is None else np.asarray(labels)
     file.feed(images[:1])  # refuses images of another shape before any work
-    if len(images) == 0 or labels.shape != (len(images),):
+    shape = (len(images),) if labels is None else labels.shape
+    if len(images) == 0 or shape != (len(images),):
         raise CheckError(
-            f"{len(images)} images and labels {list(labels.shape)}; a check needs at least one image, "
-            "and a label for each."
+            f"{len(images)} images and labels {list(shape)}; a check needs at least one image, and a label for each."
         )
     if batch_size is None:
         batch_size = images_at_once(*images.shape[2:])

@@ -125,13 +125,14 @@ class Exactness:
 class Accuracy:
     """Both networks over all images.
 
-    top1_agreement: share of images given the same class. logits_different: logits that are not the same float32.
+    accuracy_torch, accuracy_onnxruntime: None for images without labels. top1_agreement: share of images given the same
+    class. logits_different: logits that are not the same float32.
     first_different_image: index of the first image with such a logit, or None.
     """
 
     images: int
-    accuracy_torch: float
-    accuracy_onnxruntime: float
+    accuracy_torch: float | None
+    accuracy_onnxruntime: float | None
     top1_agreement: float
     max_logit_difference: float
     logits_different: int
@@ -175,8 +176,8 @@ class ParityReport:
     integers_different: int
     first_different_unit: str | None
     top1_agreement: float
-    accuracy_torch: float
-    accuracy_onnxruntime: float
+    accuracy_torch: float | None
+    accuracy_onnxruntime: float | None
     max_logit_difference: float
     logits_compared: int
     logits_different: int

@@ -8,6 +8,7 @@
     widths.py        at which width every value is stored and read;  normalization.py: the image's, folded
     preparation.py   float model -> QuantizedModel (model.py);  calibration.py: its first step sizes
     coding.py        coding rates;  mec.py: the maximum-entropy-coding objective made of them
+    distillation.py  the full-precision network as the teacher of the quantised one
     data/            images in memory or streamed;  models/: the networks a config can name
     loop.py          the stages of a run;  checkpoint.py: what survives it;  config.py: what it can be told
     seeding.py       one seed, derived for every step: nothing random has a state to lose
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from mecdeploy.training.config import (
     DataConfig,
+    DistillConfig,
     MecConfig,
     ModelConfig,
     QuantConfig,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataConfig",
+    "DistillConfig",
     "InputSpec",
     "MecConfig",
     "ModelConfig",

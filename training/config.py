@@ -23,6 +23,7 @@ FORMS = ("mixture", "exact")
 STEMS = ("auto", "small", "standard")
 BATCH_NORMS = ("synchronized", "local")
 VALIDATIONS = ("given", "carved")
+LABELS = ("given", "none")
 _RENAMED = {"init": "weights"}  # keys of older checkpoints
 
 
@@ -49,6 +50,7 @@ class DataConfig:
     validation: given (a folder's val or test part, a data set's test part) or carved from the training images, so that
     the given part stays unseen (ImageDataset.test).
     validation_fraction: of the training images; carved from them, too, when a folder has no val or test part.
+    labels: given, or none: nothing is trained on labels, a teacher takes their place (docs/unlabelled.md).
     fraction: how much of what is left to train on, class by class; validation and test do not depend on it.
     augment: random crops while training. flip: and mirrored images, where classes survive it (never digits, nor
     grayscale folders, which tend to hold characters).
@@ -58,6 +60,7 @@ class DataConfig:
     root: str = "data"
     download: bool = True
     image_size: int = 0
+    labels: str = "given"
     validation: str = "given"
     validation_fraction: float = 0.1
     fraction: float = 1.0
@@ -68,6 +71,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_at_least("data.image_size", self.image_size, 0)
+        _require_choice("data.labels", self.labels, LABELS)
         _require_choice("data.validation", self.validation, VALIDATIONS)
         if not 0.0 < self.validation_fraction < 1.0:
             raise TrainingError(f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.")
@@ -212,6 +216,26 @@ class MecConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation from the full-precision network of the run, while it is quantised.
+
+    weight: share of the task loss, which becomes (1 - weight) cross entropy + weight T^2 KL(teacher || student); 0 is
+    off. Without labels there is nothing to share with, and any weight above 0 stands for all of it.
+    temperature: T, by which both networks' logits are divided. At 1 no gradient is larger than cross entropy's can be,
+    so that its learning rate serves; T lets them be T times as large.
+    """
+
+    weight: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1.0:
+            raise TrainingError(f"distill.weight is {self.weight}; it must lie between 0 and 1.")
+        if not self.temperature > 0:
+            raise TrainingError(f"distill.temperature is {self.temperature}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """How long and how fast.
 
@@ -293,6 +317,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     mec: MecConfig = field(default_factory=MecConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
@@ -306,6 +331,8 @@ class TrainConfig:
                 f"quant.freezing is {self.quant.freezing} and schedule.averaging {self.schedule.averaging}; an average "
                 "would move weights that are frozen. Set one of them to 0."
             )
+        if self.data.labels == "none":
+            self._require_teaching()
         if self.schedule.compile and self.quant.zero_point == "learned":
             raise TrainingError(
                 "schedule.compile is true and quant.zero_point learned (method lsq+ has it so); a compiled graph "
@@ -319,6 +346,31 @@ class TrainConfig:
             return replace(self.model, stem="standard")
         return self.model
 
+    def _require_teaching(self) -> None:
+        """Without labels there has to be a teacher, and something of it in the loss."""
+        unlabelled = "data.labels is none"
+        if self.method == "fp32":
+            raise TrainingError(
+                f"{unlabelled}, and method fp32 needs labels; choose mec or lsq, with weights to be quantised."
+            )
+        if not self.weights:
+            raise TrainingError(
+                f"{unlabelled}, so that a trained network has to teach; name one in weights (--weights): a checkpoint, "
+                "a state dict or published weights."
+            )
+        if self.schedule.fp_epochs:
+            raise TrainingError(
+                f"{unlabelled}, and the full-precision epochs (schedule.fp_epochs is {self.schedule.fp_epochs}) need "
+                "labels; set schedule.fp_epochs = 0 (--fp-epochs 0)."
+            )
+        mec = self.mec
+        coded = self.method == "mec" and mec.views == "teacher" and "features" in mec.code and mec.beta > 0
+        if not (self.distill.weight > 0 or coded):
+            raise TrainingError(
+                f"{unlabelled}, and nothing in the loss comes from the teacher; set distill.weight = 1 (--distill 1), "
+                'or method = "mec" with mec.views = "teacher".'
+            )
+
     def describe(self) -> dict[str, Any]:
         """The config as plain nested dicts and lists, ready for TOML or JSON."""
         described: dict[str, Any] = _plain(self)
@@ -330,9 +382,9 @@ class TrainConfig:
 
         Raises TypeError for a key of no version, TrainingError for a value out of range.
         """
-        sections = {"data": DataConfig, "model": ModelConfig, "quant": QuantConfig, "mec": MecConfig}
+        sections: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "quant": QuantConfig, "mec": MecConfig}
         built = {_RENAMED.get(key, key): value for key, value in described.items()}
-        for key, make in {**sections, "schedule": ScheduleConfig}.items():
+        for key, make in {**sections, "distill": DistillConfig, "schedule": ScheduleConfig}.items():
             built[key] = make(**built.get(key, {}))
         return cls(**built)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from mecdeploy.training.data import ImageSource
 from mecdeploy.training.stages import Task
@@ -20,9 +21,12 @@ def evaluate(
     device: torch.device,
     between: Callable[[], None] = lambda: None,
     *,
+    answers: Callable[[Tensor], Tensor] | None = None,
     world: World = ALONE,
 ) -> float:
     """Share of the images of `source` whose largest logit is their label's, in evaluation mode, 0..1.
+
+    answers: uint8 pixels [m, C, H, W] -> class indices [m], to take the place of labels.
 
     For a quantised network that is the deployed arithmetic. between: called after each batch; what it raises stops the
     evaluation. The network's mode is restored. world: every process counts its share of the images; all take part.
@@ -34,7 +38,9 @@ def evaluate(
         with torch.no_grad():
             for batch in source.batches(BATCH_SIZE * world.size, device=device, share=world.share):
                 if len(batch.labels):  # the last batch may have fewer images than there are processes
-                    correct += (task.logits(batch.images[0]).argmax(1) == batch.labels.to(device)).sum()
+                    pixels = batch.images[0]
+                    expected = batch.labels.to(device) if answers is None else answers(pixels)
+                    correct += (task.logits(pixels).argmax(1) == expected).sum()
                 between()
     finally:
         task.network.train(was_training)

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ACCURACY, AGREEMENT = "accuracy", "agreement with the teacher"
+"""What a share of right answers is: right by the labels, or by the full-precision network where there are none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageEvent:
@@ -36,9 +39,9 @@ class StageEvent:
 class StepEvent:
     """One optimiser step has been taken; the run's state is consistent and can be saved here.
 
-    loss: what was minimised. terms: its parts ("task", "mec", and those of the objective). learning_rate: of this step.
-    images_per_second: labelled images (a second view of one counts nothing) over wall time since the epoch, or this
-    session's part of it, began; data loading is inside, validation and checkpoints are not.
+    loss: what was minimised. terms: its parts ("task", "distill", "mec", and those of the objective).
+    learning_rate: of this step. images_per_second: images (a second view of one counts nothing) over wall time since
+    the epoch, or this session's part of it, began; data loading is inside, validation and checkpoints are not.
     """
 
     stage: str
@@ -58,6 +61,7 @@ class EpochEvent:
 
     loss, terms, train_accuracy: means over the epoch's images, as trained (augmented, training mode).
     validation_accuracy: over the whole validation set; in "qat" and "deploy" with the deployed integer arithmetic.
+    train_measure, validation_measure: what these two are, ACCURACY or AGREEMENT.
     learning_rate: of the last step. seconds: training time of the epoch over all its sessions, validation excluded.
     """
 
@@ -71,6 +75,8 @@ class EpochEvent:
     seconds: float
     images_per_second: float
     terms: Mapping[str, float] = field(default_factory=dict)
+    train_measure: str = ACCURACY
+    validation_measure: str = ACCURACY
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,12 +36,13 @@ _OLD_DENSENET = re.compile(
 class Weights:
     """Tensors by name, on the CPU, and where they are from, as messages call it.
 
-    input: the normalisation that they were trained with; None where nobody knows.
+    input: the normalisation that they were trained with. class_names: by class index. None and () where nobody knows.
     """
 
     tensors: Mapping[str, Tensor]
     source: str
     input: InputSpec | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def load_initial_weights(model: nn.Module, path: Path) -> list[str]:
@@ -63,25 +64,35 @@ def read_weights(path: Path) -> Weights:
     if path.suffix.lower() == ".safetensors":
         if is_checkpoint(path):
             checkpoint = read_checkpoint(path)
-            spec = InputSpec(**checkpoint.header["input"])
-            return Weights(tensors=checkpoint.section("float"), source=str(path), input=spec)
+            return Weights(
+                tensors=checkpoint.section("float"),
+                source=str(path),
+                input=InputSpec(**checkpoint.header["input"]),
+                class_names=tuple(checkpoint.header["class_names"]),
+            )
         return Weights(tensors=load_file(path), source=str(path))
     if path.suffix.lower() not in _PICKLE_SUFFIXES:
         raise TrainingError(f"weights is {path}; a state dict ends in .safetensors, {', '.join(_PICKLE_SUFFIXES)}.")
     return Weights(tensors=_unpickled(path), source=str(path))
 
 
-def fill(model: nn.Module, weights: Weights) -> list[str]:
+def fill(model: nn.Module, weights: Weights, *, whole: bool = False) -> list[str]:
     """Give the network these weights; all of them or, where they do not fit, none.
 
     Names may start with "module.", "model." or "_orig_mod.". Auxiliary classifiers that the network lacks are left out.
     A classifier for another number of classes stays as it is in the network, and the first convolution of an RGB
     network is summed over its channels for grayscale images: returns a sentence about each.
+    whole: a classifier for another number of classes is refused.
     Raises TrainingError for names or shapes that do not fit, and for numbers that are not finite.
     """
     wanted = model.state_dict()
     tensors = _named_alike(weights.tensors, wanted)
     tensors, afresh, notes = _fitted(model, tensors, wanted, weights.source)
+    if whole and afresh:
+        raise TrainingError(
+            f"{notes[0].rpartition(': ')[0]}; with data.labels none the weights have to teach, so use weights of "
+            "these classes."
+        )
     # Counts of batches are absent from old files, and no arithmetic of ours reads them.
     missing = [
         name
@@ -187,6 +198,18 @@ def _fitted(
 
 def _is_rgb_of(saved: torch.Size, gray: torch.Size) -> bool:
     return len(saved) == 4 and (saved[1], gray[1]) == (3, 1) and (saved[0], *saved[2:]) == (gray[0], *gray[2:])
+
+
+def class_count(model: nn.Module, weights: Weights) -> int:
+    """How many classes the weights tell apart, for a network of their kind. TrainingError if they lack a classifier."""
+    name = f"{classifier(model)}.weight"
+    tensors = _named_alike(weights.tensors, model.state_dict())
+    if name not in tensors:
+        raise TrainingError(
+            f"weights {weights.source} hold no {name}, so that nobody knows their classes. Set model.name (and "
+            "model.stem) to the network that was saved."
+        )
+    return len(tensors[name])
 
 
 def _classifier_names(model: nn.Module) -> set[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.stages import Stage
 from mecdeploy.training.state import State
+from mecdeploy.training.watch import watched_loss
 
 
 def newest_good(folder: CheckpointFolder, state: State, limit: float) -> Path | None:
@@ -14,15 +15,16 @@ def newest_good(folder: CheckpointFolder, state: State, limit: float) -> Path | 
 
     limit: of the mean task loss of the epoch that it ends, or is in.
     """
+    temperature = state.config.distill.temperature
     for position in reversed(folder.positions()):
         epoch = position.epoch + (position.step > 0)  # the one it is in, or that it ends
         losses = [
-            record["terms"].get("task", 0.0)
+            watched_loss(record["terms"], temperature)
             for record in state.history
             if (record["stage"], record["epoch"]) == (position.stage, epoch)
         ]
         if position.step and not losses:
-            losses = [state.tally.mean(state.tally.terms.get("task", 0.0))]
+            losses = [state.tally.mean(watched_loss(state.tally.terms, temperature))]
         if all(loss <= limit for loss in losses):
             return folder.path(position)
     return None

@@ -17,7 +17,7 @@ from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import choose_device, reproducible
 from mecdeploy.training.errors import TrainingError
-from mecdeploy.training.events import EpochEvent, Event
+from mecdeploy.training.events import ACCURACY, EpochEvent, Event
 from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.retention import CheckpointFolder
@@ -31,7 +31,8 @@ class TrainResult:
     """A finished run.
 
     accuracy_fp32, accuracy: of the full-precision and of the deployed network over the validation images, 0..1 (one and
-    the same with method "fp32"). history: every epoch of every stage.
+    the same with method "fp32"). measure: what they are, AGREEMENT where these images have no
+    labels. history: every epoch of every stage.
     """
 
     out: Path
@@ -39,6 +40,7 @@ class TrainResult:
     accuracy_fp32: float
     accuracy: float
     history: tuple[EpochEvent, ...]
+    measure: str = ACCURACY
 
 
 def train(
@@ -135,4 +137,5 @@ def finished_run(out: Path) -> TrainResult:
         accuracy_fp32=header["accuracy_fp32"],
         accuracy=header["accuracy"],
         history=tuple(EpochEvent(**record) for record in header["history"]),
+        measure=header.get("measure", ACCURACY),
     )

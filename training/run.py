@@ -12,6 +12,7 @@ from torch import nn
 from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, file_sha256, read_checkpoint
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.events import ACCURACY
 from mecdeploy.training.initial import load_tensors
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
@@ -27,7 +28,8 @@ class LoadedRun:
 
     model: the quantised network. float_model: the full-precision one it came from; reads spec.normalize(pixels).
     checkpoint, sha256: the file and the digest of its bytes. metrics: "accuracy_fp32" and "accuracy_quantized" over the
-    validation images (0..1), and "history", one mapping per epoch with the fields of EpochEvent.
+    validation images (0..1), "measure", what these two are (ACCURACY or AGREEMENT), and "history", one mapping per
+    epoch with the fields of EpochEvent.
     """
 
     model: QuantizedModel
@@ -72,6 +74,7 @@ def load_run(out: Path, *, model_name: str = "") -> LoadedRun:
         metrics={
             "accuracy_fp32": header["accuracy_fp32"],
             "accuracy_quantized": header["accuracy"],
+            "measure": header.get("measure", ACCURACY),
             "history": header["history"],
         },
     )

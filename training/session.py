@@ -15,7 +15,15 @@ from mecdeploy.training.data import Batch, step_count
 from mecdeploy.training.diagnose import constant_outputs
 from mecdeploy.training.errors import PeerFailed, TrainingError
 from mecdeploy.training.evaluate import evaluate
-from mecdeploy.training.events import EpochEvent, Event, StageEvent, StepEvent, TrainingInterrupted, WarningEvent
+from mecdeploy.training.events import (
+    ACCURACY,
+    EpochEvent,
+    Event,
+    StageEvent,
+    StepEvent,
+    TrainingInterrupted,
+    WarningEvent,
+)
 from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.last_good import another_run, newest_good
 from mecdeploy.training.optimizers import learning_rate, set_learning_rate, warmup_steps
@@ -24,7 +32,7 @@ from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Stage, plan_stages
 from mecdeploy.training.state import State, Tally
 from mecdeploy.training.stepping import Gradients, Measured
-from mecdeploy.training.watch import LossWatch, SizeWatch
+from mecdeploy.training.watch import LossWatch, SizeWatch, watched_loss
 
 
 class Session:
@@ -79,7 +87,8 @@ class Session:
             state.freeze()
             self._consistent = True
         if state.position.epoch < stage.epochs:
-            self._losses, self._sizes = LossWatch(len(state.dataset.class_names)), SizeWatch(state.task.network)
+            self._losses = LossWatch(len(state.dataset.class_names), state.train_measure == ACCURACY)
+            self._sizes = SizeWatch(state.task.network)
             self._announce(stage.name, stage.epochs, stage.steps)
             gradients = Gradients(state)
         while state.position.epoch < stage.epochs:
@@ -147,7 +156,8 @@ class Session:
             state.freezer.update()
         if state.average is not None:
             state.average.update(epoch * stage.steps + step)
-        self._losses.add(measured.terms["task"], warming_up=done < warmup_steps(stage.schedule_steps))
+        watched = watched_loss(measured.terms, state.config.distill.temperature)
+        self._losses.add(watched, warming_up=done < warmup_steps(stage.schedule_steps))
         self._sizes.look(epoch + 1, step + 1)
         state.tally.add(measured.images, measured.loss, measured.correct, measured.terms)
         state.position = Position.of(stage.name, epoch, step + 1)
@@ -182,6 +192,8 @@ class Session:
             ),
             seconds=tally.seconds,
             images_per_second=tally.images / max(tally.seconds, 1e-9),
+            train_measure=state.train_measure,
+            validation_measure=state.validation_measure,
         )
         self._consistent = False
         state.history.append(asdict(event))
@@ -195,7 +207,12 @@ class Session:
     def _validate(self) -> float:
         state = self.state
         self.world.same_buffers(state.task.network)  # BatchNorm statistics, where they are local
-        return evaluate(state.task, state.dataset.validation, state.device, self._check, world=self.world)
+        validation, answers = state.dataset.validation, None
+        if not state.dataset.validation_labelled:
+            if state.teacher is None:
+                return 1.0  # before there is a quantised network, the teacher is asked about itself
+            answers = state.teacher.answers
+        return evaluate(state.task, validation, state.device, self._check, answers=answers, world=self.world)
 
     def _emit(self, event: Event, *, check: bool = True) -> None:
         if self.world.main:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mecdeploy.training.coded_layers import coded_layers
-from mecdeploy.training.config import MecConfig, TrainConfig
+from mecdeploy.training.config import DistillConfig, MecConfig, TrainConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.device import channels_last
-from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.distillation import Taught, Teacher, distillation_loss
 from mecdeploy.training.gathering import gather_recordings
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.mec import mec_objective
@@ -135,10 +134,11 @@ class FloatTask:
 
 
 class QuantizedTask:
-    """Cross entropy of the quantised network, minus the coding objective where `mec` is given.
+    """Cross entropy of the quantised network and distillation, minus the coding objective where `mec` is given.
 
-    teacher: pooled features [m, d] of the full-precision network for normalised images, with mec.views "teacher".
-    world: whose rows are coded together where mec.gather says so.
+    teacher: the full-precision network, where any of these needs it: distill.weight, mec.views "teacher" (with its
+    features), images without labels. labelled: whether labels are looked at. world: whose rows are coded together where
+    mec.gather says so.
     """
 
     def __init__(
@@ -148,10 +148,13 @@ class QuantizedTask:
         label_smoothing: float,
         device: torch.device,
         mec: MecConfig | None = None,
-        teacher: Callable[[Tensor], Tensor] | None = None,
+        distill: DistillConfig | None = None,
+        teacher: Teacher | None = None,
+        labelled: bool = True,
         world: World = ALONE,
     ) -> None:
         self.network, self.device, self.world = network, device, world
+        self.distill, self.labelled = distill or DistillConfig(), labelled
         self.forward: Callable[..., Any] = network
         self.label_smoothing, self.mec, self.teacher = label_smoothing, mec, teacher
         self.coded = () if mec is None else coded_layers(network, mec)
@@ -167,39 +170,55 @@ class QuantizedTask:
         return Loss(loss.total + damping, loss.correct, {**loss.terms, "damping": damping})
 
     def _computed(self, batch: Batch, *, fraction: float, seed: int) -> Loss:
-        """Task loss over every view, and the objective of the first against the second or the teacher's."""
+        """Task loss over every view, and the objective of the first against the second or the teacher's.
+
+        Without labels, `correct` counts the images of the teacher's class.
+        """
         pixels = channels_last(torch.cat(batch.images), self.device)
-        labels = batch.labels.to(self.device).repeat(self.views)
         if self.mec is None:
             logits, recording = self.forward(pixels), None
         else:
             logits, recording = self.forward(pixels, self.mec.code, self.coded)
-        task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        taught = None if self.teacher is None else self.teacher(pixels)
+        if self.labelled or taught is None:
+            labels = batch.labels.to(self.device).repeat(self.views)
+        else:
+            labels = taught.logits.argmax(1)
+        total, terms = self._task_loss(logits, labels, taught)
         correct = _correct(logits, labels) / self.views
         if self.mec is None or recording is None:
-            return Loss(task, correct, {"task": task})
+            return Loss(total, correct, terms)
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        first, other = gather_recordings(*self._codings(recording, pixels), self.mec, generator, self.world)
+        first, other = gather_recordings(*self._codings(recording, taught), self.mec, generator, self.world)
         objective = mec_objective(first, self.mec, other=other, step_fraction=fraction, generator=generator)
-        terms = {
-            "task": task,
+        terms |= {
             "mec": objective.total,
             **{name: torch.as_tensor(t) for name, t in objective.terms.items()},
         }
-        return Loss(task - objective.total, correct, terms)
+        return Loss(total - objective.total, correct, terms)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """uint8 [m, C, H, W] to [m, classes]."""
         scores: Tensor = self.network(channels_last(pixels, self.device))
         return scores
 
-    def _codings(self, recording: Recording, pixels: Tensor) -> tuple[Recording, Recording | None]:
+    def _task_loss(self, logits: Tensor, labels: Tensor, taught: Taught | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy and distillation, weighted, and each by itself; 0 where nothing but the objective is left."""
+        terms, weight = dict[str, Tensor](), self.distill.weight
+        if self.labelled:
+            terms["task"] = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if taught is not None and weight > 0:
+            terms["distill"] = distillation_loss(logits, taught.logits, self.distill.temperature)
+        if len(terms) == 2:
+            return (1.0 - weight) * terms["task"] + weight * terms["distill"], terms
+        return next(iter(terms.values()), logits.new_zeros(())), terms
+
+    def _codings(self, recording: Recording, taught: Taught | None) -> tuple[Recording, Recording | None]:
         if self.views == 2:
             return split_views(recording)
-        if self.teacher is None:
+        if taught is None or taught.features is None:
             return recording, None
-        with torch.no_grad():
-            return recording, Recording(features=self.teacher(self.network.spec.normalize(pixels)))
+        return recording, Recording(features=taught.features)
 
 
 def split_views(recording: Recording) -> tuple[Recording, Recording]:
@@ -215,26 +234,6 @@ def split_views(recording: Recording) -> tuple[Recording, Recording]:
         for view in (0, 1)
     )
     return first, second
-
-
-def feature_extractor(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A frozen copy of `model` that returns what its last Linear reads: float images to pooled features [m, d].
-
-    Raises TrainingError for a model without a Linear.
-    """
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    linears = [module for module in frozen.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise TrainingError("mec.views is teacher, but the model has no Linear whose input could be coded; use one.")
-    kept: list[Tensor] = []
-    linears[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-
-    def features(images: Tensor) -> Tensor:
-        kept.clear()
-        frozen(images)
-        return kept.pop().flatten(1)
-
-    return features
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from mecdeploy.training.coded_layers import coded_layers
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import channels_last, place
+from mecdeploy.training.distillation import Teacher
 from mecdeploy.training.errors import TrainingError
+from mecdeploy.training.events import ACCURACY, AGREEMENT
 from mecdeploy.training.initial import fill, load_tensors, read_weights
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
@@ -30,7 +32,7 @@ from mecdeploy.training.oscillation import WeightFreezer, low_bit_layers
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.published import published_weights
 from mecdeploy.training.seeding import derive_seed
-from mecdeploy.training.stages import FloatTask, QuantizedTask, Task, feature_extractor
+from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
 from mecdeploy.training.world import ALONE, World
 
 
@@ -62,7 +64,9 @@ class State:
 
     float_model: the full-precision network, unchanged after stage fp32. model: the quantised one, once there is one.
     average: of the quantised one's parameters, in stage qat where schedule.averaging asks for it. freezer: of its
-    weights, where quant.freezing asks for it. world: the processes that have the same state.
+    weights, where quant.freezing asks for it.
+    teacher: the full-precision network as the loss of the quantised one needs it, if it does.
+    world: the processes that have the same state.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class State:
         self.model: QuantizedModel | None = None
         self.average: WeightAverage | None = None
         self.freezer: WeightFreezer | None = None
+        self.teacher: Teacher | None = None
         self.position = Position.of("fp32", 0, 0)
         self.tally = Tally()
         self.history: list[dict[str, Any]] = []
@@ -102,6 +107,16 @@ class State:
             if accept is not None:
                 accept(model.cpu())
 
+    @property
+    def train_measure(self) -> str:
+        """What the share of right answers on training images is: without labels the teacher's answers are right."""
+        return ACCURACY if self.config.data.labels == "given" else AGREEMENT
+
+    @property
+    def validation_measure(self) -> str:
+        """The same on validation images."""
+        return ACCURACY if self.dataset.validation_labelled else AGREEMENT
+
     def load_weights(self) -> list[str]:
         """Start from config.weights instead of random ones, with their normalisation unless the config has one.
 
@@ -113,7 +128,7 @@ class State:
             if are_published(config.weights)
             else read_weights(Path(config.weights))
         )
-        notes = fill(self.float_model, weights)
+        notes = fill(self.float_model, weights, whole=config.data.labels == "none")
         if weights.input is not None and not config.model.mean:
             self.spec = weights.input.for_images(
                 channels=self.spec.channels, height=self.spec.height, width=self.spec.width
@@ -166,6 +181,7 @@ class State:
             "tally": dataclasses.asdict(self.tally),
             "history": self.history,
             "accuracy_fp32": self.accuracy_fp32,
+            "measure": self.validation_measure,
             "class_names": list(self.dataset.class_names),
             "train_images": len(self.dataset.train),
             "input": dataclasses.asdict(self.spec),
@@ -216,8 +232,11 @@ class State:
         self.optimizer = build_optimizer(self.float_model, schedule)
 
     def _begin_quantized(self, model: QuantizedModel) -> None:
-        mec = self.config.mec if self.config.method == "mec" else None
-        teacher = feature_extractor(self.float_model) if mec is not None and mec.views == "teacher" else None
+        config = self.config
+        mec = config.mec if config.method == "mec" else None
+        labelled, coded = config.data.labels == "given", mec is not None and mec.views == "teacher"
+        if coded or config.distill.weight > 0 or not labelled:
+            self.teacher = Teacher(self.float_model, self.spec, device=self.device, features=coded)
         self.model = model
         if self.config.quant.freezing:
             self.freezer = WeightFreezer(low_bit_layers(model), self.config.quant.freezing)
@@ -226,7 +245,9 @@ class State:
             label_smoothing=self.config.schedule.label_smoothing,
             device=self.device,
             mec=mec,
-            teacher=teacher,
+            distill=config.distill,
+            teacher=self.teacher,
+            labelled=labelled,
             world=self.world,
         )
         self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes(), model.clipping_steps())

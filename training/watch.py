@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,15 @@ LOOK_EVERY = 10
 """Steps between looks at the sizes."""
 
 
+def watched_loss(terms: Mapping[str, float], temperature: float) -> float:
+    """What a stage is watched by: its task loss, or without labels the divergence from the teacher at a temperature.
+
+    terms: of the loss, by name. 0 where neither is minimised: then nothing says what guessing would cost. A guess is at
+    most ln(classes) from any teacher, at any temperature.
+    """
+    return terms["task"] if "task" in terms else terms.get("distill", 0.0) / temperature**2
+
+
 class LossWatch:
     """Tells a stage that is certain not to train from one that has not begun to.
 
@@ -33,7 +43,8 @@ class LossWatch:
     rule is our own.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, labelled: bool = True) -> None:
+        self._name = "task loss" if labelled else "divergence from the teacher"
         self.limit = 2.0 * math.log(max(classes, FEWEST_CLASSES))
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=WINDOW)
@@ -53,7 +64,7 @@ class LossWatch:
         if not mean > max(self.limit, first):
             return None
         return (
-            f"the mean task loss of the last {WINDOW} steps is {mean:.3g}, at the beginning it was {first:.3g}; "
+            f"the mean {self._name} of the last {WINDOW} steps is {mean:.3g}, at the beginning it was {first:.3g}; "
             f"{self.limit:.3g} is twice that of guessing"
         )
 

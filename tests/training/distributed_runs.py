@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mecdeploy.training import state
 from mecdeploy.training.batch_moments import SynchronizedBatchNorm
-from mecdeploy.training.config import MecConfig, QuantConfig, TrainConfig
+from mecdeploy.training.config import DistillConfig, MecConfig, QuantConfig, TrainConfig
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.errors import PeerFailed, TrainingError
 from mecdeploy.training.events import TrainingInterrupted
@@ -49,6 +49,7 @@ EQUAL_RUNS = {
         tiny_config(mec=MecConfig(samples=16, experts=2, views="teacher"), **SHORT),
         quant=QuantConfig(damping=0.1, freezing=0.005),
     ),
+    "distill": replace(tiny_config(mec=ALL_CODED, **SHORT), distill=DistillConfig(weight=0.7, temperature=2.0)),
 }
 """Whose result must not depend on the number of processes."""
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.data.order import stratified_fraction, stratified_split
-from mecdeploy.training.data.source import ImageDataset
+from mecdeploy.training.data.source import UNKNOWN, ImageDataset
 from mecdeploy.training.data.statistics import pixel_statistics
 from mecdeploy.training.errors import TrainingError
 
@@ -98,12 +98,13 @@ def _in_memory(
     """The data set as config wants it split. given: its validation images, or the test images if these are carved."""
     validation, carved = given, config.validation == "carved"
     if carved:
-        count = len(train[1])
-        kept, held_out = stratified_split(train[1].tolist(), range(count), round(config.validation_fraction * count))
+        groups = _groups(train[1], config)
+        count = len(groups)
+        kept, held_out = stratified_split(groups, range(count), round(config.validation_fraction * count))
         train, validation = _chosen(train, kept), _chosen(train, held_out)
     if config.fraction < 1.0:
-        count = len(train[1])
-        train = _chosen(train, stratified_fraction(train[1].tolist(), range(count), config.fraction, class_names))
+        groups = _groups(train[1], config)
+        train = _chosen(train, stratified_fraction(groups, range(len(groups)), config.fraction, class_names))
     mean, std = pixel_statistics(train[0])
     _, channels, height, width = train[0].shape
     return ImageDataset(
@@ -123,3 +124,8 @@ def _chosen(
     part: tuple[NDArray[np.uint8], NDArray[np.int64]], indices: list[int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return part[0][indices], part[1][indices]
+
+
+def _groups(labels: NDArray[np.int64], config: DataConfig) -> list[int]:
+    """What images are chosen by: their classes, or nothing where labels are not to be looked at."""
+    return [UNKNOWN] * len(labels) if config.labels == "none" else labels.tolist()

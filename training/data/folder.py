@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mecdeploy.training.data.order import stratified_fraction, stratified_split
+from mecdeploy.training.data.source import UNKNOWN
 from mecdeploy.training.errors import TrainingError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp"))
@@ -30,7 +31,7 @@ class FolderPart:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """What lies in an image folder, by name alone; no file has been opened."""
+    """What lies in an image folder, by name alone; no file has been opened. Labels nobody gives are UNKNOWN."""
 
     class_names: tuple[str, ...]
     train: FolderPart
@@ -41,6 +42,11 @@ class ImageFolder:
     def paths(self) -> tuple[str, ...]:
         """All image files."""
         return (*self.train.paths, *self.validation.paths, *(self.test.paths if self.test else ()))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the training images have labels."""
+        return UNKNOWN not in self.train.labels
 
 
 def scan_folder(root: Path, *, validation_fraction: float, carved: bool = False) -> ImageFolder:
@@ -62,8 +68,8 @@ def scan_folder(root: Path, *, validation_fraction: float, carved: bool = False)
         return _split(root, root, validation_fraction)
     if not present:
         return _split(root, root / TRAIN, validation_fraction)
-    classes = _classes(root / TRAIN)
-    held_out = _classes(root / present[0])
+    classes = class_folders(root / TRAIN)
+    held_out = class_folders(root / present[0])
     for some, others, where in ((classes, held_out, present[0]), (held_out, classes, TRAIN)):
         if missing := sorted(set(some) - set(others)):
             raise TrainingError(
@@ -71,8 +77,8 @@ def scan_folder(root: Path, *, validation_fraction: float, carved: bool = False)
                 f"and {present[0]}/ need the same class folders."
             )
     if carved:
-        return replace(_split(root, root / TRAIN, validation_fraction), test=_take_turns(held_out))
-    return ImageFolder(class_names=tuple(classes), train=_take_turns(classes), validation=_take_turns(held_out))
+        return replace(_split(root, root / TRAIN, validation_fraction), test=take_turns(held_out))
+    return ImageFolder(class_names=tuple(classes), train=take_turns(classes), validation=take_turns(held_out))
 
 
 def take_fraction(folder: ImageFolder, root: Path, fraction: float) -> ImageFolder:
@@ -86,8 +92,8 @@ def take_fraction(folder: ImageFolder, root: Path, fraction: float) -> ImageFold
 
 
 def _split(root: Path, parent: Path, fraction: float) -> ImageFolder:
-    classes = _classes(parent)
-    part = _take_turns(classes)
+    classes = class_folders(parent)
+    part = take_turns(classes)
     keys = [Path(path).relative_to(parent).as_posix() for path in part.paths]
     kept, held_out = stratified_split(part.labels, keys, round(fraction * len(keys)))
     if not held_out:
@@ -97,11 +103,11 @@ def _split(root: Path, parent: Path, fraction: float) -> ImageFolder:
     return ImageFolder(class_names=tuple(classes), train=part.only(kept), validation=part.only(held_out))
 
 
-def _classes(parent: Path) -> dict[str, list[str]]:
+def class_folders(parent: Path) -> dict[str, list[str]]:
     """Class name -> its image files sorted by path; classes sorted by name (so "10" comes before "2")."""
     try:
-        names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and _is_visible(entry.name))
-        classes = {name: sorted(_images(parent / name)) for name in names}
+        names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir() and is_visible(entry.name))
+        classes = {name: sorted(images_below(parent / name)) for name in names}
     except OSError as error:
         raise TrainingError(f"{error.filename!r} cannot be read: {error.strerror}.") from error
     if not names:
@@ -118,22 +124,24 @@ def _classes(parent: Path) -> dict[str, list[str]]:
     return classes
 
 
-def _images(folder: Path) -> Iterator[str]:
+def images_below(folder: Path) -> Iterator[str]:
     """Image files at any depth, without hidden ones; linked folders are not entered, so that no loop is possible."""
     for entry in os.scandir(folder):
-        if not _is_visible(entry.name):
+        if not is_visible(entry.name):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _images(Path(entry.path))
+            yield from images_below(Path(entry.path))
         elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not entry.is_dir():
             yield entry.path
 
 
-def _is_visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor what macOS puts into archives."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def _take_turns(classes: dict[str, list[str]]) -> FolderPart:
+def take_turns(classes: dict[str, list[str]]) -> FolderPart:
+    """Class name -> image files, as a part; classes are numbered in their order."""
     ranked = sorted(
         (position, label, path) for label, paths in enumerate(classes.values()) for position, path in enumerate(paths)
     )

@@ -13,9 +13,10 @@ from mecdeploy.training.config import DataConfig
 from mecdeploy.training.data.decode import UnreadableImage, decode_many, find_unreadable, probe_image, raise_first
 from mecdeploy.training.data.folder import FolderPart, ImageFolder, scan_folder, take_fraction
 from mecdeploy.training.data.memory import MemorySource
-from mecdeploy.training.data.source import ImageDataset, ImageSource
+from mecdeploy.training.data.source import UNKNOWN, ImageDataset, ImageSource
 from mecdeploy.training.data.statistics import pixel_statistics
 from mecdeploy.training.data.stream import StreamSource
+from mecdeploy.training.data.unlabelled import KnownClasses, scan_unlabelled, with_classes
 from mecdeploy.training.errors import TrainingError
 
 SMALL_UP_TO = 64  # pixels: the side up to which images live in memory
@@ -33,17 +34,25 @@ class Shape:
     width: int
 
 
-def load_image_folder(root: Path, config: DataConfig, *, seed: int) -> ImageDataset:
-    """The images of a folder laid out as `scan_folder` expects.
+def load_image_folder(
+    root: Path, config: DataConfig, *, seed: int, classes: Callable[[Shape], KnownClasses] | None = None
+) -> ImageDataset:
+    """The images of a folder laid out as `scan_folder` expects; with config.labels none, as `scan_unlabelled` does.
 
     Images of at most 64 pixels a side are decoded now and kept in memory; larger ones are decoded by config.workers
     processes as they are needed. Grayscale images are never mirrored: they tend to be characters.
     With config.skip_bad_images, unreadable files are left out and listed in ImageDataset.skipped; to find them, every
     file is read once. seed draws the images that the pixel statistics of a streamed set are taken from.
-    TrainingError as `scan_folder` and `survey`, or if skipping leaves a class without training images.
+    classes: of the teacher, for images of this shape; needed without labels.
+    TrainingError as these, `with_classes` and `survey`, or if skipping leaves a class without training images.
     """
-    folder = scan_folder(root, validation_fraction=config.validation_fraction, carved=config.validation == "carved")
+    scan = scan_folder if config.labels == "given" else scan_unlabelled
+    folder = scan(root, validation_fraction=config.validation_fraction, carved=config.validation == "carved")
     shape = survey(folder, image_size=config.image_size, skip_unreadable=config.skip_bad_images)
+    if config.labels == "none":
+        if classes is None:
+            raise TrainingError(f"data.labels is none, so nothing names the classes of {str(root)!r}; give classes=.")
+        folder = with_classes(folder, root, classes(shape))
     skipped: tuple[str, ...] = ()
     if config.skip_bad_images:
         unreadable = find_unreadable(folder.paths, shape.channels)
@@ -71,6 +80,7 @@ def load_image_folder(root: Path, config: DataConfig, *, seed: int) -> ImageData
         pixel_mean=statistics[0],
         pixel_std=statistics[1],
         skipped=skipped,
+        validation_labelled=UNKNOWN not in folder.validation.labels,
     )
 
 
@@ -144,7 +154,9 @@ def _without(folder: ImageFolder, skipped: frozenset[str]) -> ImageFolder:
     """The folder without these files; TrainingError if a class has no training image left, or validation has none."""
     train, validation = (_part_without(part, skipped) for part in (folder.train, folder.validation))
     test = None if folder.test is None else _part_without(folder.test, skipped)
-    for label, name in enumerate(folder.class_names):
+    if not train.paths:
+        raise TrainingError(f"no training image can be read, {folder.train.paths[0]!r} first of all.")
+    for label, name in enumerate(folder.class_names if folder.labelled else ()):
         if label not in train.labels:
             raise TrainingError(
                 f"class {name!r} has no readable training image left; {len(skipped)} files cannot be read."

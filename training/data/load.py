@@ -9,14 +9,15 @@ from pathlib import Path
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.data.builtin import load_cifar10, load_cifar100, load_digits, load_fashion_mnist
 from mecdeploy.training.data.folder import TRAIN
-from mecdeploy.training.data.image_folder import load_image_folder
+from mecdeploy.training.data.image_folder import Shape, load_image_folder
 from mecdeploy.training.data.shards import load_shards
 from mecdeploy.training.data.source import ImageDataset
+from mecdeploy.training.data.unlabelled import KnownClasses
 from mecdeploy.training.errors import TrainingError
 
 FOLDER_PREFIX = "imagefolder:"
 SHARDS_PREFIX = "shards:"
-_IN_A_FOLDER = {FOLDER_PREFIX: load_image_folder, SHARDS_PREFIX: load_shards}
+_IN_A_FOLDER = (FOLDER_PREFIX, SHARDS_PREFIX)
 _NAMED: dict[str, Callable[[DataConfig], ImageDataset]] = {
     "digits": load_digits,
     "cifar10": load_cifar10,
@@ -30,19 +31,24 @@ def available_datasets() -> tuple[str, ...]:
     return (*_NAMED, *(f"{prefix}PATH" for prefix in _IN_A_FOLDER))
 
 
-def load_dataset(config: DataConfig, *, seed: int) -> ImageDataset:
+def load_dataset(
+    config: DataConfig, *, seed: int, classes: Callable[[Shape], KnownClasses] | None = None
+) -> ImageDataset:
     """Load, and where need be download, split or decode, the data set that config.name names.
 
     No seed moves an image between training and validation; `seed` only draws the images that the pixel statistics of a
-    streamed set are taken from. TrainingError for an unknown name, missing or damaged files, or an image_size for a
-    set of fixed size.
+    streamed set are taken from. classes: of an image folder without labels (`load_image_folder`).
+    TrainingError for an unknown name, missing or damaged files, or an image_size for a set of fixed size.
     """
-    for prefix, load in _IN_A_FOLDER.items():
+    for prefix in _IN_A_FOLDER:
         if config.name.startswith(prefix):
             path = config.name.removeprefix(prefix)
             if not path:
                 raise TrainingError(f"data.name is {prefix!r} without a path; write {prefix}PATH.")
-            return load(Path(path).expanduser(), config, seed=seed)
+            root = Path(path).expanduser()
+            if prefix == SHARDS_PREFIX:
+                return load_shards(root, config, seed=seed)
+            return load_image_folder(root, config, seed=seed, classes=classes)
     if config.name not in _NAMED:
         raise TrainingError(_unknown(config.name))
     dataset = _NAMED[config.name](config)

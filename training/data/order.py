@@ -85,7 +85,8 @@ def stratified_fraction(
 ) -> list[int]:
     """Indices of `fraction` of the images of every class, ascending: round(fraction * n) of n, halves up.
 
-    keys: as in `stratified_split`; the hashes are others. A smaller fraction lies within a larger one.
+    labels: all -1 where they are not to be looked at. keys: as in `stratified_split`; the hashes are others.
+    A smaller fraction lies within a larger one.
     TrainingError for a class that no image is left of.
     """
     if fraction == 1.0:
@@ -94,9 +95,10 @@ def stratified_fraction(
     for label, group in _members(labels).items():
         count = int(fraction * len(group) + 0.5)
         if not count:
+            of = f"class {class_names[label]!r}" if label >= 0 else "the data set"
             raise TrainingError(
-                f"data.fraction is {fraction}, which leaves class {class_names[label]!r} none of its {len(group)} "
-                f"training images; make it at least {0.5 / len(group):.3g}."
+                f"data.fraction is {fraction}, which leaves {of} none of its {len(group)} training images; "
+                f"make it at least {0.5 / len(group):.3g}."
             )
         chosen += _ranked("fraction", group, keys)[:count]
     return sorted(chosen)

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from mecdeploy.training.data.order import WHOLE, Share
 
+UNKNOWN = -1
+"""The label of an image that nobody has labelled."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """Images of one step.
 
     images: one uint8 tensor [m, C, H, W] for each view, all of the same m images in the same order.
-    labels: int64 [m], class indices.
+    labels: int64 [m], class indices, UNKNOWN where there is none.
     """
 
     images: tuple[Tensor, ...]
@@ -78,6 +81,7 @@ class ImageSource(Protocol):
 class ImageDataset:
     """Training and validation images of one size, with what a model has to know about them.
 
+    validation_labelled: whether the validation images have labels, rather than UNKNOWN ones.
     test: the part that the data set gives for validation, where that is carved instead; nothing in training reads it.
     channels: 1 (grayscale) or 3 (RGB). height, width: pixels. class_names: by class index.
     pixel_mean, pixel_std: one number each over the images that are trained on, in pixel units (0..255); std > 0.
@@ -94,3 +98,4 @@ class ImageDataset:
     pixel_std: float
     skipped: tuple[str, ...] = ()
     test: ImageSource | None = None
+    validation_labelled: bool = True
