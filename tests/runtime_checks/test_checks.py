@@ -1,5 +1,6 @@
 """The report: what it counts, what it says, and that a side that is wrong or absent cannot pass."""
 
+import dataclasses
 import json
 import re
 from dataclasses import replace as changed
@@ -44,6 +45,14 @@ def test_a_good_file(model):
     assert report.max_logit_difference == 0
     assert report.packed_bits == inspect_structure(model.SerializeToString()).packed_bits
     assert report.versions["torch"] == "9.9" and {"onnxruntime", "onnx", "numpy", "python"} < set(report.versions)
+
+
+def test_images_without_labels_have_no_accuracies_and_all_else(model):
+    reference = Undamaged(model)
+    report = check_model(model.SerializeToString(), images(1, 5), None, reference)
+    labelled = check(model, reference, 5)
+    assert report == dataclasses.replace(labelled, accuracy_torch=None, accuracy_onnxruntime=None)
+    assert report.passed and report.top1_agreement == 1.0
 
 
 def test_the_report_is_plain_json(model):

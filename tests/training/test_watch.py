@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_loop_divergence import chain, quantized
 
-from mecdeploy.training.watch import LossWatch, SizeWatch
+from mecdeploy.training.watch import LossWatch, SizeWatch, watched_loss
 
 
 def losses(classes, values, warm_up=0):
@@ -20,6 +20,19 @@ def test_worse_than_guessing_and_than_the_beginning_is_certain():
     complaint = losses(10, [2.3] * 10 + [7.0] * 100)
     assert complaint == (
         "the mean task loss of the last 100 steps is 7, at the beginning it was 2.3; 4.61 is twice that of guessing"
+    )
+
+
+def test_without_labels_the_divergence_from_the_teacher_is_watched():
+    assert watched_loss({"task": 1.0, "distill": 8.0, "mec": 3.0}, 2.0) == 1.0
+    assert watched_loss({"distill": 8.0, "mec": 3.0}, 2.0) == 2.0  # the term is 2^2 of it
+    assert watched_loss({"mec": 3.0}, 2.0) == 0.0
+    watch = LossWatch(10, labelled=False)
+    for value in [0.1] * 10 + [7.0] * 100:
+        watch.add(value, warming_up=False)
+    assert watch.complaint() == (
+        "the mean divergence from the teacher of the last 100 steps is 7, at the beginning it was 0.1; 4.61 is twice "
+        "that of guessing"
     )
 
 
