@@ -3,6 +3,7 @@
 The public API, loaded on first use so that `import mecdeploy` costs nothing:
 
     train(config, out)              a run folder with checkpoints
+    compare(config, out)            methods x bits x seeds, each method against a baseline
     sensitivity(run, size=...)      which layers need their bits, and widths for a size
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from mecdeploy.api import ExportReport, SensitivityReport, check, export, sensitivity, train
     from mecdeploy.config import read_config
     from mecdeploy.prediction import Prediction, predict
+    from mecdeploy.study.compare import compare
+    from mecdeploy.study.report import StudyReport
     from mecdeploy.training.calibration import calibrate
     from mecdeploy.training.config import (
         DataConfig,
@@ -48,6 +51,8 @@ _HOMES = {
     "mecdeploy.api": ("ExportReport", "SensitivityReport", "check", "sensitivity", "train"),
     "mecdeploy.config": ("read_config",),
     "mecdeploy.prediction": ("Prediction", "predict"),
+    "mecdeploy.study.compare": ("compare",),
+    "mecdeploy.study.report": ("StudyReport",),
     "mecdeploy.training.config": (
         "DataConfig",
         "DistillConfig",
@@ -76,10 +81,12 @@ __all__ = [
     "QuantizedModel",
     "ScheduleConfig",
     "SensitivityReport",
+    "StudyReport",
     "TrainConfig",
     "__version__",
     "calibrate",
     "check",
+    "compare",
     "export",
     "predict",
     "prepare",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mecdeploy import __version__
+from mecdeploy.compare_command import compare
 from mecdeploy.errors import UserError
 from mecdeploy.failures import explain, lost_peer, tell_torchrun
 from mecdeploy.training.launch import launched
@@ -202,6 +203,9 @@ def demo(out: Path | None) -> None:
         for failure in result.parity.failures:
             click.echo(f"Failed: {failure}", err=True)
         raise click.exceptions.Exit(CHECK_FAILED)
+
+
+cli.add_command(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

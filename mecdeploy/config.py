@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -58,7 +58,7 @@ def resolve(settings: Mapping[str, Any], *, source: str = "") -> TrainConfig:
         settings = merge(settings, {"schedule": {"frozen_epochs": max(0, min(default, (schedule["epochs"] + 1) // 2))}})
     if isinstance(data := settings.get("data"), Mapping) and data.get("labels") == "none":
         settings = merge({"schedule": {"fp_epochs": 0}}, settings)
-    config: TrainConfig = _build(TrainConfig, settings, (), f"{source}: " if source else "")
+    config: TrainConfig = build(TrainConfig, settings, (), f"{source}: " if source else "")
     return config
 
 
@@ -76,12 +76,15 @@ def to_toml(config: TrainConfig) -> str:
 
 def require_same_run(config: TrainConfig, started: TrainConfig, run: str) -> None:
     """Refuse to go on with a run under settings that it was not started with; where it runs and reads may change."""
-    then = dict(_flatten(started.describe()))
-    for key, value in _flatten(config.describe()):
-        if value != then.get(key) and not may_change(key, then.get(key), value):
-            raise UserError(
-                f"{key} is {value}, but {run} was started with {then.get(key)}. Drop it, or start another run."
-            )
+    for key, value, then in changes(config, started):
+        if not may_change(key, then, value):
+            raise UserError(f"{key} is {value}, but {run} was started with {then}. Drop it, or start another run.")
+
+
+def changes(config: TrainConfig, other: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Each dotted key in which `config` differs from `other`, with its value in both."""
+    values = dict(flatten(other.describe()))
+    return [(key, value, values.get(key)) for key, value in flatten(config.describe()) if value != values.get(key)]
 
 
 def run_name(config: TrainConfig) -> str:
@@ -94,21 +97,26 @@ def run_name(config: TrainConfig) -> str:
     return re.sub(r"[^\w.+-]", "_", f"{data}-{model}-{config.method}{bits}-seed{config.seed}")
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value of nested settings under its dotted key."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _build(section: type[Any], settings: Mapping[str, Any], path: tuple[str, ...], blame: str) -> Any:
+def build(section: type[Any], settings: Mapping[str, Any], path: tuple[str, ...], blame: str) -> Any:
+    """A frozen dataclass from a table of plain values, checked against its fields' types.
+
+    path: names of the tables that lead to this one. blame: what every message begins with.
+    """
     types = get_type_hints(section)
     known = [field.name for field in fields(section)]
     values = {}
     for key, value in settings.items():
         if key not in known:
-            raise UserError(f"{blame}unknown key {_dotted(path, key)!r}{_did_you_mean(key, path)}")
+            raise UserError(f"{blame}unknown key {_dotted(path, key)!r}{_did_you_mean(key, path, known)}")
         values[key] = _convert(types[key], value, (*path, key), blame)
     return section(**values)
 
@@ -119,7 +127,7 @@ def _convert(expected: Any, value: Any, path: tuple[str, ...], blame: str) -> An
     if is_dataclass(expected) and isinstance(expected, type):
         if not isinstance(value, Mapping):
             raise UserError(f"{blame}{key} is {value!r}; it is a section: write [{key}] and its keys below it.")
-        return _build(expected, value, path, blame)
+        return build(expected, value, path, blame)
     origin, arguments = get_origin(expected), get_args(expected)
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -146,12 +154,14 @@ def _dotted(path: tuple[str, ...], key: str | None = None) -> str:
 _RENAMED = {"init": "weights"}
 
 
-def _did_you_mean(key: str, path: tuple[str, ...]) -> str:
-    """The likeliest key: spelt alike in the same section, or spelt so in another one."""
+def _did_you_mean(key: str, path: tuple[str, ...], known: Sequence[str]) -> str:
+    """The likeliest key: spelt alike in the same section, whose keys are `known`, or spelt so in another one."""
     if not path and key in _RENAMED:
         return f"; did you mean {_RENAMED[key]!r}?"
     sections = ["data", "model", "quant", "mec", "distill", "schedule"]
-    every = [name for name, _ in _flatten(TrainConfig().describe())] + sections
+    for match in get_close_matches(key, known, n=1, cutoff=0.7):
+        return f"; did you mean {_dotted(path, match)!r}?"
+    every = [name for name, _ in flatten(TrainConfig().describe())] + sections
     here = {name.removeprefix(_dotted((*path, ""))): name for name in every if name.startswith(_dotted(path))}
     elsewhere = {name.rsplit(".", 1)[-1]: name for name in every}
     for candidates in (here, elsewhere):

@@ -103,7 +103,7 @@ class _Lines:
 
     def _left(self, done: int) -> str:
         seconds = self._clock.seconds_left(done) if self._clock else None
-        return f"ETA {_duration(seconds)}" if seconds is not None else ""
+        return f"ETA {duration(seconds)}" if seconds is not None else ""
 
     def _say(self, line: str) -> None:
         self._console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
@@ -195,7 +195,8 @@ def _loss(loss: float, terms: Mapping[str, float]) -> str:
     return f"loss {loss:.3f} ({parts})" if len(terms) > 1 else f"loss {loss:.3f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """4:05, or 1:04:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -130,7 +130,7 @@ def create(path: Path, config: TrainConfig) -> Iterator[RunFolder]:
     folder = RunFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path):
             require_absent(path)
             _remove_leftovers(path)
             write_atomically(path / CONFIG, to_toml(config).encode())
@@ -150,7 +150,7 @@ def create(path: Path, config: TrainConfig) -> Iterator[RunFolder]:
 def reopen(path: Path) -> Iterator[RunFolder]:
     """An existing run's folder, to resume it. Raises UserError where there is none or another process writes to it."""
     folder = require_run(path)
-    with _locked(path):
+    with locked(path):
         _remove_leftovers(path)
         yield folder
 
@@ -167,8 +167,11 @@ def _remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lock the folder itself. The kernel drops the lock with the process, so a crash leaves no stale one."""
+def locked(path: Path) -> Iterator[None]:
+    """Lock the folder itself. The kernel drops the lock with the process, so a crash leaves no stale one.
+
+    Raises UserError where another process holds it.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -180,6 +183,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process is writing to this folder; not so where there is none."""
+    try:
+        with locked(path):
+            return False
+    except UserError:
+        return True
+    except OSError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,68 @@
+"""One run of a study, in a process that does not outlive the study unseen and leaves a note of where it ran.
+
+    python -m mecdeploy.study.child PARENT NOTE train --config FILE --out RUN
+
+does what `python -m mecdeploy train --config FILE --out RUN` does. PARENT: process id of the study. When that ends, killed or
+not, this process gets SIGTERM, and so saves after its step (Linux only). NOTE: a file, written at the end, that
+holds versions and machine as JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from mecdeploy import __version__
+from mecdeploy.cli import main
+from mecdeploy.run_folder import write_atomically
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run(arguments: list[str]) -> None:
+    """Execute the command, tied to its parent; leaves the process with the command's exit code."""
+    parent, note, *command = arguments
+    _end_with(int(parent))
+    try:
+        main(command)
+    finally:
+        if "torch" in sys.modules:
+            write_atomically(Path(note), (json.dumps(environment(), indent=2) + "\n").encode())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this process: enough to compare two results, nothing that names a machine or its owner."""
+    import torch
+    import torchvision
+
+    from mecdeploy.runtime_checks.machine import describe_cpu, versions
+
+    gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "cpu": describe_cpu().model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "versions": {
+            "mecdeploy": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            **versions(),
+        },
+    }
+
+
+def _end_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before this process asked to be told
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

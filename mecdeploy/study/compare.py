@@ -1,0 +1,134 @@
+"""compare: run a whole study, or what is left of it, and say what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mecdeploy.config import resolve
+from mecdeploy.errors import UserError
+from mecdeploy.run_folder import locked, write_atomically
+from mecdeploy.study import plots, tables
+from mecdeploy.study.config import Study, read_study
+from mecdeploy.study.plan import RUNS, Cell, plan
+from mecdeploy.study.report import StudyReport, rows
+from mecdeploy.study.results import RESULTS, read_records, record, write_records
+from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all
+from mecdeploy.study.testing import TEST, require_test_images, write_test_accuracies
+from mecdeploy.training.config import DataConfig
+from mecdeploy.training.launch import launched
+
+TABLE, SUMMARY = "table.md", "summary.json"
+
+
+def compare(
+    config: str | Path,
+    out: str | Path | None = None,
+    *,
+    jobs: int | None = None,
+    report: Callable[[RunEvent], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> StudyReport:
+    """Run every cell of a study, several at once, and compare the methods seed by seed (docs/compare.md).
+
+    config: study.toml. out: by default studies/ and its name; a study that is there already is continued: finished runs
+    are kept, stopped ones resumed, failed and new ones started. jobs: runs at once, instead of study.jobs.
+    report: called with what happens to a run. progress: called with (what, done, total) while test images are read.
+    Writes results.jsonl after every run, and at the end table.md, summary.json, plots, and test.jsonl once.
+    Raises UserError for a study that cannot be run, naming the table or run and the key, KeyboardInterrupt after Ctrl-C,
+    when every run has saved. A run that fails is no error: the report's `failures` say why.
+    """
+    if launched().size > 1:
+        raise UserError("compare starts processes of its own; run it without torchrun, and set study.jobs and devices.")
+    study = read_study(Path(config))
+    folder = Path(out) if out is not None else default_out(Path(config))
+    cells = plan(study, folder)
+    require_unchanged(folder, cells)
+    if study.axes.test and not (folder / TEST).exists() and not any(is_finished(folder, cell) for cell in cells):
+        require_test_images(cells)
+    for part in (RUNS, SETTINGS, LOGS):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        failures = _run(study, folder, cells, jobs, report or (lambda event: None))
+        if study.axes.test and not failures and not (folder / TEST).exists():
+            write_test_accuracies(folder, cells, progress or (lambda what, done, total: None))
+        return _conclude(study, folder, cells, failures)
+
+
+def dry_run(config: str | Path, out: str | Path) -> tuple[tuple[Cell, ...], list[int]]:
+    """What `compare` would run, with the training images of each run; loads each data set, and writes nothing.
+
+    Raises as `compare` does before it starts anything.
+    """
+    from mecdeploy.training.data import load_dataset
+
+    study = read_study(Path(config))
+    cells = plan(study, Path(out))
+    require_unchanged(Path(out), cells)
+    known: list[tuple[DataConfig, int]] = []
+    images = []
+    for cell in cells:
+        data = cell.config.data
+        found = next((count for seen, count in known if seen == data), None)
+        if found is None:
+            found = len(load_dataset(data, seed=cell.config.seed).train)
+            known.append((data, found))
+        images.append(found)
+    return cells, images
+
+
+def default_out(config: Path) -> Path:
+    """Where the study of this file lies, unless somebody says otherwise."""
+    return Path("studies") / config.stem
+
+
+def _run(
+    study: Study, out: Path, cells: Sequence[Cell], jobs: int | None, tell: Callable[[RunEvent], None]
+) -> dict[str, str]:
+    """Run what is left, with results.jsonl in step; returns run -> why it failed."""
+    axes = study.axes
+    base = resolve(study.base)
+    finished = {cell.name: record(out, cell, base) for cell in cells if is_finished(out, cell)}
+
+    def write() -> None:
+        write_records(out / RESULTS, (finished[cell.name] for cell in cells if cell.name in finished))
+
+    def follow(event: RunEvent) -> None:
+        if event.what == "finished":
+            found = finished[event.cell.name] = record(out, event.cell, base)
+            write()
+            event = dataclasses.replace(event, accuracy=found["accuracy"])
+        tell(event)
+
+    write()
+    return run_all(
+        out,
+        cells,
+        jobs=jobs or axes.jobs or len(axes.devices) or 1,
+        threads=axes.threads,
+        devices=axes.devices,
+        tell=follow,
+    )
+
+
+def _conclude(study: Study, out: Path, cells: Sequence[Cell], failures: dict[str, str]) -> StudyReport:
+    """Write what the runs came to, and return it."""
+    records = read_records(out / RESULTS)
+    planned = {cell.name for cell in cells}
+    tests = [test for test in read_records(out / TEST) if test["name"] in planned]
+    tested = {test["name"] for test in tests}
+    found = StudyReport(
+        out=out,
+        runs=len(cells),
+        baseline=study.axes.baseline,
+        records=records,
+        rows=rows(records, tests, study.axes.baseline),
+        failures=failures,
+        untested=[run["name"] for run in records if run["name"] not in tested] if tests else [],
+        notes=plots.write(out, records),
+    )
+    write_atomically(out / TABLE, tables.markdown(found).encode())
+    write_atomically(out / SUMMARY, (json.dumps(found.to_json(), indent=2) + "\n").encode())
+    return found

@@ -1,0 +1,82 @@
+"""results.jsonl: one record for each finished run, made from the run's own files, so that it can be made again."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mecdeploy.config import changes
+from mecdeploy.run_folder import write_atomically
+from mecdeploy.study.plan import FINAL, RUNS, Cell
+from mecdeploy.study.running import note_path
+from mecdeploy.training.config import TrainConfig
+
+RESULTS = "results.jsonl"
+Record = Mapping[str, Any]
+_EPOCH = ("stage", "epoch", "train_accuracy", "validation_accuracy", "loss", "terms")
+_AXES = ("seed", "weights", "quant.weight_bits", "quant.act_bits")
+
+
+def record(out: Path, cell: Cell, base: TrainConfig, further: Record | None = None) -> dict[str, Any]:
+    """What the finished run came to, JSON-able.
+
+    accuracy: of the deployed arithmetic (of the float network, with method fp32) after the last epoch; accuracy_fp32:
+    of the network it was quantised from; both over the validation images, 0..1. seconds: training alone, over all
+    sessions. settings: the keys in which the run differs from `base`, beside seed and bits.
+    further: other measures of the run, by name.
+    """
+    from mecdeploy.training.checkpoint import read_header
+
+    path = out / RUNS / cell.name / FINAL
+    header = read_header(path)
+    history = header["history"]
+    seconds = sum(epoch["seconds"] for epoch in history)
+    images = sum(epoch["images_per_second"] * epoch["seconds"] for epoch in history)
+    finished = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+    return {
+        "name": cell.name,
+        "regime": cell.regime,
+        "method": cell.method,
+        "bits": cell.bits,
+        "seed": cell.seed,
+        "start": cell.start,
+        "accuracy": header["accuracy"],
+        "accuracy_fp32": header["accuracy_fp32"],
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 1) if seconds else None,
+        "epochs": len(history),
+        "train_images": header["train_images"],
+        "history": [{key: epoch[key] for key in _EPOCH} for epoch in history],
+        "settings": {key: value for key, value, _ in changes(cell.config, base) if key not in _AXES},
+        **(further or {}),
+        "device": header["device"],
+        "environment": _environment(note_path(out, cell.name)),
+        "date": finished.isoformat(timespec="seconds"),
+    }
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """One JSON object a line, the whole file at once."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def by_seed(records: Sequence[Record], key: str) -> dict[tuple[str, str, str], dict[int, float]]:
+    """(regime, method, bits) -> seed -> value of `key` in percent, in the order of the records."""
+    groups: dict[tuple[str, str, str], dict[int, float]] = {}
+    for found in records:
+        group = groups.setdefault((found["regime"], found["method"], found["bits"]), {})
+        group[found["seed"]] = 100 * found[key]
+    return groups
+
+
+def _environment(note: Path) -> Any:
+    """Versions and machine of the run's last session; None for a run of which nobody noted them."""
+    return json.loads(note.read_text()) if note.is_file() else None

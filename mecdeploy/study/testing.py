@@ -1,0 +1,71 @@
+"""The test images: read once, when every run is done, and never for a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mecdeploy.errors import UserError
+from mecdeploy.run_folder import RunFolder
+from mecdeploy.study.plan import RUNS, Cell
+from mecdeploy.study.results import write_records
+from mecdeploy.training.config import TrainConfig
+
+TEST = "test.jsonl"
+
+
+def require_test_images(cells: Sequence[Cell]) -> None:
+    """Refuse, before anything is trained, data that have no test part. Loads each data set of the study once."""
+    from mecdeploy.training.data import load_dataset
+
+    seen = []
+    for cell in cells:
+        if cell.config.data not in seen:
+            seen.append(cell.config.data)
+            if load_dataset(cell.config.data, seed=cell.config.seed).test is None:
+                raise UserError(
+                    f"study.test is true, but {cell.config.data.name} has no test part; add one, or set study.test = "
+                    "false."
+                )
+
+
+def write_test_accuracies(out: Path, cells: Sequence[Cell], progress: Callable[[str, int, int], None]) -> None:
+    """Measure the final checkpoint of every run on the test images of its data; all of them are written, or nothing.
+
+    progress: called with (what, done, total).
+    """
+    records: list[dict[str, Any]] = []
+    for done, cell in enumerate(cells):
+        progress("test images", done, len(cells))
+        folder = RunFolder(out / RUNS / cell.name)
+        accuracy, images = _test_accuracy(folder.path, folder.read_config())
+        axes = {key: getattr(cell, key) for key in ("name", "regime", "method", "bits", "seed")}
+        records.append({**axes, "accuracy": accuracy, "images": images})
+    progress("test images", len(cells), len(cells))
+    write_records(out / TEST, records)
+
+
+def _test_accuracy(run: Path, config: TrainConfig) -> tuple[float, int]:
+    """Share of the test images that the run's network gets right, 0..1, in deployed arithmetic; and how many there are."""
+    from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.device import choose_device, place, reproducible
+    from mecdeploy.training.evaluate import evaluate
+    from mecdeploy.training.run import load_run
+    from mecdeploy.training.sensitivity import load_float_network
+    from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
+
+    test = load_dataset(config.data, seed=config.seed).test
+    if test is None:
+        raise UserError(f"{config.data.name} has no test part any more; {run} cannot be tested.")
+    device = choose_device(config.device)
+    task: Task
+    if config.method == "fp32":
+        network, spec, _ = load_float_network(run, config)
+        task = FloatTask(place(network, device), spec, label_smoothing=0.0, device=device)
+    else:
+        model = load_run(run, model_name=config.model.name).model
+        place(model, device)
+        task = QuantizedTask(model, label_smoothing=0.0, device=device)
+    with reproducible(device):
+        return evaluate(task, test, device), len(test)
