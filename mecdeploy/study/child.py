@@ -1,10 +1,10 @@
-"""One run of a study, in a process that does not outlive the study unseen and leaves a note of where it ran.
+"""What a process of a study executes. It does not outlive the study unseen, and leaves a note of where it ran.
 
     python -m mecdeploy.study.child PARENT NOTE train --config FILE --out RUN
 
-does what `python -m mecdeploy train --config FILE --out RUN` does. PARENT: process id of the study. When that ends, killed or
-not, this process gets SIGTERM, and so saves after its step (Linux only). NOTE: a file, written at the end, that
-holds versions and machine as JSON.
+does what `python -m mecdeploy train --config FILE --out RUN` does, and `... NOTE test STUDY` reads the test images of a
+study's runs. PARENT: process id of the study. When that ends, killed or not, this process gets SIGTERM, and so saves
+after its step (on Linux). NOTE: a file that gets versions and machine, as JSON, at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from mecdeploy import __version__
-from mecdeploy.cli import main
 from mecdeploy.run_folder import write_atomically
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -28,6 +27,9 @@ def run(arguments: list[str]) -> None:
     """Execute the command, tied to its parent; leaves the process with the command's exit code."""
     parent, note, *command = arguments
     _end_with(int(parent))
+    from mecdeploy.cli import cli, main
+
+    cli.add_command(_test())
     try:
         main(command)
     finally:
@@ -36,13 +38,13 @@ def run(arguments: list[str]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine of this process: enough to compare two results, nothing that names a machine or its owner."""
+    """Versions and machine of this process: enough to compare two results, nothing that names an owner."""
     import torch
     import torchvision
 
     from mecdeploy.runtime_checks.machine import describe_cpu, versions
 
-    gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "cpu": describe_cpu().model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -57,9 +59,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _test() -> Any:
+    """The command that only a study calls, beside those of the command line."""
+    import click
+
+    @click.command()
+    @click.argument("study", type=click.Path(path_type=Path))
+    def test(study: Path) -> None:
+        from mecdeploy.study.testing import write_test_accuracies
+
+        write_test_accuracies(study)
+
+    return test
+
+
 def _end_with(parent: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before this process asked to be told
         sys.exit(128 + signal.SIGTERM)
 

@@ -15,8 +15,8 @@ from mecdeploy.study.config import Study, read_study
 from mecdeploy.study.plan import RUNS, Cell, plan
 from mecdeploy.study.report import StudyReport, rows
 from mecdeploy.study.results import RESULTS, read_records, record, write_records
-from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all
-from mecdeploy.study.testing import TEST, require_test_images, write_test_accuracies
+from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all, run_test
+from mecdeploy.study.testing import TEST, require_test_images
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.launch import launched
 
@@ -29,16 +29,15 @@ def compare(
     *,
     jobs: int | None = None,
     report: Callable[[RunEvent], None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> StudyReport:
     """Run every cell of a study, several at once, and compare the methods seed by seed (docs/compare.md).
 
     config: study.toml. out: by default studies/ and its name; a study that is there already is continued: finished runs
     are kept, stopped ones resumed, failed and new ones started. jobs: runs at once, instead of study.jobs.
-    report: called with what happens to a run. progress: called with (what, done, total) while test images are read.
+    report: called with what happens to a run.
     Writes results.jsonl after every run, and at the end table.md, summary.json, plots, and test.jsonl once.
-    Raises UserError for a study that cannot be run, naming the table or run and the key, KeyboardInterrupt after Ctrl-C,
-    when every run has saved. A run that fails is no error: the report's `failures` say why.
+    Raises UserError for a study that cannot be run, naming the table or run and the key; KeyboardInterrupt after
+    Ctrl-C, when every run has saved. A run that fails is no error: the report's `failures` say why.
     """
     if launched().size > 1:
         raise UserError("compare starts processes of its own; run it without torchrun, and set study.jobs and devices.")
@@ -53,7 +52,8 @@ def compare(
     with locked(folder):
         failures = _run(study, folder, cells, jobs, report or (lambda event: None))
         if study.axes.test and not failures and not (folder / TEST).exists():
-            write_test_accuracies(folder, cells, progress or (lambda what, done, total: None))
+            failed = run_test(folder, threads=study.axes.threads, device=next(iter(study.axes.devices), None))
+            failures |= {"test": failed} if failed is not None else {}
         return _conclude(study, folder, cells, failures)
 
 
@@ -119,15 +119,16 @@ def _conclude(study: Study, out: Path, cells: Sequence[Cell], failures: dict[str
     planned = {cell.name for cell in cells}
     tests = [test for test in read_records(out / TEST) if test["name"] in planned]
     tested = {test["name"] for test in tests}
+    found_rows = rows(records, tests, study.axes.baseline)
     found = StudyReport(
         out=out,
         runs=len(cells),
         baseline=study.axes.baseline,
         records=records,
-        rows=rows(records, tests, study.axes.baseline),
+        rows=found_rows,
         failures=failures,
         untested=[run["name"] for run in records if run["name"] not in tested] if tests else [],
-        notes=plots.write(out, records),
+        notes=plots.write(out, found_rows, records),
     )
     write_atomically(out / TABLE, tables.markdown(found).encode())
     write_atomically(out / SUMMARY, (json.dumps(found.to_json(), indent=2) + "\n").encode())

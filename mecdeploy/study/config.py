@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -153,10 +154,8 @@ def _named(source: str, kind: str, name: str, value: Any) -> Settings:
 
 def _settings(source: str, table: str, settings: Settings) -> Settings:
     """The table's settings, refused where a key is unknown, has a value of another type, or is an axis of the study."""
-    try:
+    with suppress(TrainingError):  # the other tables may bring a value into its range; `plan` sees them together
         resolve(settings, source=f"{source}: {table}")
-    except TrainingError:
-        pass  # a value out of range may come into it with the other tables; `plan` sees them together
     for key, _ in flatten(settings):
         if key in _AXES:
             raise UserError(f"{source}: {table} sets {key}, which {_AXES[key]} sets for every run; drop it.")
@@ -164,7 +163,7 @@ def _settings(source: str, table: str, settings: Settings) -> Settings:
 
 
 def _start(source: str, table: Settings) -> Start:
-    own = {key: table[key] for key in ("per_seed", "seed") if key in table}
+    own: Settings = {key: table[key] for key in ("per_seed", "seed") if key in table}
     try:
         start: Start = build(Start, own, (START,), "")
     except UserError as error:

@@ -54,7 +54,10 @@ class StudyReport:
 
 
 def rows(records: Sequence[Record], tests: Sequence[Record], baseline: str) -> list[Row]:
-    """The groups of the records, in their order. A baseline without bits (fp32) is the partner of every width."""
+    """The groups of the records, in their order, but those without bits first in their regime.
+
+    A baseline without bits (fp32) is the partner of every width.
+    """
     validation, test = by_seed(records, "accuracy"), by_seed(tests, "accuracy")
     found = []
     for (regime, method, bits), values in validation.items():
@@ -78,4 +81,5 @@ def rows(records: Sequence[Record], tests: Sequence[Record], baseline: str) -> l
                 else None,
             )
         )
-    return found
+    regimes = list(dict.fromkeys(row.regime for row in found))
+    return sorted(found, key=lambda row: (regimes.index(row.regime), row.bits != ""))

@@ -92,11 +92,24 @@ def run_all(
     Raises KeyboardInterrupt after SIGINT or SIGTERM, when every process has saved and ended.
     """
     pool = _Pool(out, cells, jobs=jobs, threads=threads, devices=devices, tell=tell)
-    with Interrupts() as interrupts, pool.ended():
+    with Interrupts() as interrupts, _none_left(pool.processes):
         while pool.advance():
             interrupts.check()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     return pool.failures
+
+
+def run_test(out: Path, *, threads: int, device: str | None) -> str | None:
+    """Read the test images in a process of its own; returns why that failed, or None.
+
+    Raises KeyboardInterrupt as `run_all` does.
+    """
+    process = _spawn(out, "test", ["test", str(out)], threads, device)
+    with Interrupts() as interrupts, _none_left(lambda: [process]):
+        while process.poll() is None:
+            interrupts.check()
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return _reason(_log(out, "test"), process.returncode) if process.returncode else None
 
 
 class _Pool:
@@ -114,6 +127,10 @@ class _Pool:
         self._began, self._epochs = time.monotonic(), 0
         self.failures: dict[str, str] = {}
 
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """Those that run."""
+        return [process for _, process in self._running.values()]
+
     def advance(self) -> bool:
         """See who has ended, start who can start; whether there is anything left to wait for."""
         for slot, (cell, process) in list(self._running.items()):
@@ -130,21 +147,6 @@ class _Pool:
                 self._waiting.remove(ready)
                 self._running[slot] = ready, self._start(slot, ready)
         return bool(self._running or self._waiting)
-
-    @contextmanager
-    def ended(self) -> Iterator[None]:
-        """However the block is left, no process stays: each gets SIGINT, saves and ends; on a second one at once."""
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGKILL):
-                for _, process in self._running.values():
-                    with suppress(ProcessLookupError):
-                        process.send_signal(number)
-                with suppress(KeyboardInterrupt):
-                    for _, process in self._running.values():
-                        process.wait()
-                    break
 
     def _is_ready(self, cell: Cell) -> bool:
         if cell.start and not (self._out / RUNS / cell.start / FINAL).is_file():
@@ -165,21 +167,7 @@ class _Pool:
         for file in (settings, *([folder / CONFIG] if resumed else [])):  # where it computes and reads may have changed
             write_atomically(file, to_toml(cell.config).encode())
         command = ["train", "--out", str(folder), *(["--resume"] if resumed else ["--config", str(settings)])]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "MKL_NUM_THREADS": str(self._threads)}
-        device = self._slots[slot]
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        child = [sys.executable, "-m", "mecdeploy.study.child", str(os.getpid()), str(note_path(self._out, cell.name))]
-        with self._log(cell).open("wb") as log:
-            # In a session of its own: Ctrl-C reaches it once, through us, and so it saves.
-            process = subprocess.Popen(
-                [*child, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        process = _spawn(self._out, cell.name, command, self._threads, self._slots[slot])
         self._say(cell, "resumed" if resumed else "started")
         return process
 
@@ -189,14 +177,11 @@ class _Pool:
             self._epochs += cell.epochs
             self._say(cell, "finished")
         else:
-            self._failed(cell, _reason(self._log(cell), code))
+            self._failed(cell, _reason(_log(self._out, cell.name), code))
 
     def _failed(self, cell: Cell, reason: str) -> None:
         self.failures[cell.name] = reason
         self._say(cell, "failed", reason)
-
-    def _log(self, cell: Cell) -> Path:
-        return self._out / LOGS / f"{cell.name}.log"
 
     def _say(self, cell: Cell, what: str, message: str = "") -> None:
         # By epochs: those of this session took so long, so many are left. Processes at once are in both.
@@ -205,6 +190,43 @@ class _Pool:
         self._tell(
             RunEvent(cell=cell, what=what, done=self._done, total=self._total, message=message, seconds_left=seconds)
         )
+
+
+def _spawn(out: Path, name: str, command: Sequence[str], threads: int, device: str | None) -> subprocess.Popen[bytes]:
+    """Start a command of child.py that writes to the log of this name."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    child = [sys.executable, "-m", "mecdeploy.study.child", str(os.getpid()), str(note_path(out, name))]
+    with _log(out, name).open("wb") as log:
+        # In a session of its own: Ctrl-C reaches it once, through us, and so it saves.
+        return subprocess.Popen(
+            [*child, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+@contextmanager
+def _none_left(processes: Callable[[], Sequence[subprocess.Popen[bytes]]]) -> Iterator[None]:
+    """However the block is left, no process stays: each gets SIGINT, saves and ends; a second Ctrl-C kills it."""
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGKILL):
+            for process in processes():
+                process.send_signal(number)
+            with suppress(KeyboardInterrupt):
+                for process in processes():
+                    process.wait()
+                break
+
+
+def _log(out: Path, name: str) -> Path:
+    return out / LOGS / f"{name}.log"
 
 
 def _reason(log: Path, code: int) -> str:

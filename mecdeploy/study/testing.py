@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mecdeploy.errors import UserError
 from mecdeploy.run_folder import RunFolder
 from mecdeploy.study.plan import RUNS, Cell
-from mecdeploy.study.results import write_records
+from mecdeploy.study.results import RESULTS, read_records, write_records
 from mecdeploy.training.config import TrainConfig
 
 TEST = "test.jsonl"
+_AXES = ("name", "regime", "method", "bits", "seed")
 
 
 def require_test_images(cells: Sequence[Cell]) -> None:
@@ -30,24 +31,21 @@ def require_test_images(cells: Sequence[Cell]) -> None:
                 )
 
 
-def write_test_accuracies(out: Path, cells: Sequence[Cell], progress: Callable[[str, int, int], None]) -> None:
-    """Measure the final checkpoint of every run on the test images of its data; all of them are written, or nothing.
+def write_test_accuracies(out: Path) -> None:
+    """Measure the final checkpoint of every run in results.jsonl on the test images of its data.
 
-    progress: called with (what, done, total).
+    test.jsonl gets all of them, or is not written.
     """
     records: list[dict[str, Any]] = []
-    for done, cell in enumerate(cells):
-        progress("test images", done, len(cells))
-        folder = RunFolder(out / RUNS / cell.name)
+    for found in read_records(out / RESULTS):
+        folder = RunFolder(out / RUNS / found["name"])
         accuracy, images = _test_accuracy(folder.path, folder.read_config())
-        axes = {key: getattr(cell, key) for key in ("name", "regime", "method", "bits", "seed")}
-        records.append({**axes, "accuracy": accuracy, "images": images})
-    progress("test images", len(cells), len(cells))
+        records.append({**{key: found[key] for key in _AXES}, "accuracy": accuracy, "images": images})
     write_records(out / TEST, records)
 
 
 def _test_accuracy(run: Path, config: TrainConfig) -> tuple[float, int]:
-    """Share of the test images that the run's network gets right, 0..1, in deployed arithmetic; and how many there are."""
+    """Share of the test images that the run gets right, 0..1, in deployed arithmetic; and how many they are."""
     from mecdeploy.training.data import load_dataset
     from mecdeploy.training.device import choose_device, place, reproducible
     from mecdeploy.training.evaluate import evaluate
