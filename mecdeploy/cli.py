@@ -91,7 +91,7 @@ def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any
         if not world.main:
             _train_silently(config, folder, resume)
             return
-        _say_what_is_executed(config.model.name)
+        say_what_is_executed(config.model.name)
         from mecdeploy import api, progress, tables
 
         with _interruptible(folder), progress.training_progress(_console(sys.stderr)) as report:
@@ -114,7 +114,7 @@ def sensitivity(run: Path, size: str | None, images: int, activations: bool, dev
     """Measure what each layer of RUN loses at fewer bits, and propose weight bits per layer for a size."""
     from mecdeploy import api, progress, tables
 
-    _say_what_is_executed(_network_of(run))
+    say_what_is_executed(_network_of(run))
     with progress.checking_progress(_console(sys.stderr)) as report_progress:
         report = api.sensitivity(
             run, size=size, images=images, activations=activations, out=out, device=device, progress=report_progress
@@ -140,7 +140,7 @@ def export(run: Path, bits: int | None, out: Path | None, target: str, input: st
     """Write the finished RUN as one ONNX file with packed low-bit weights."""
     from mecdeploy import api, tables
 
-    _say_what_is_executed(_network_of(run))
+    say_what_is_executed(_network_of(run))
     report = api.export(run, out=out, bits=bits, target=target, input=input)
     _console(sys.stdout).print(tables.export(report))
     click.echo(f"Next: mecdeploy check {run}" + ("" if out is None else f" {out}"))
@@ -153,7 +153,7 @@ def check(run: Path, model: Path | None) -> None:
     """Prove that onnxruntime computes from MODEL (default: RUN/model.onnx) the integers that RUN trained."""
     from mecdeploy import api, progress, tables
 
-    _say_what_is_executed(_network_of(run))
+    say_what_is_executed(_network_of(run))
     with progress.checking_progress(_console(sys.stderr)) as report_progress:
         report = api.check(run, model, progress=report_progress)
     _console(sys.stdout).print(tables.parity(report))
@@ -312,7 +312,7 @@ def _network_of(run: Path) -> str:
     return RunFolder(run).read_config().model.name if (run / CONFIG).is_file() else ""
 
 
-def _say_what_is_executed(model: str) -> None:
+def say_what_is_executed(model: str) -> None:
     """Name the file of the user's that this command runs, where the network comes from one."""
     from mecdeploy.training.names import user_file
 

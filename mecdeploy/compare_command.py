@@ -27,17 +27,21 @@ def compare(config: Path, out: Path | None, jobs: int | None, dry_run: bool) -> 
     """Run every method with every width and seed of a study, resume what was stopped, and compare seed by seed."""
     from rich.console import Console
 
+    from mecdeploy.cli import say_what_is_executed
     from mecdeploy.study import compare as study
     from mecdeploy.study import tables
 
     out = out if out is not None else study.default_out(config)
     output = Console(file=sys.stdout)
+    _, cells = study.open_study(config, out)
     if dry_run:
-        cells, images = study.dry_run(config, out)
+        images = study.training_images(cells)
         output.print(tables.planned(cells, images))
         shown = sum(cell.epochs * count for cell, count in zip(cells, images, strict=True))
         click.echo(f"{len(cells)} runs, {sum(cell.epochs for cell in cells)} epochs, {shown:,} images")
         return
+    for model in dict.fromkeys(cell.config.model.name for cell in cells):
+        say_what_is_executed(model)
     began = time.monotonic()
     try:
         report = study.compare(config, out, jobs=jobs, report=lambda event: _say(event, began))

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mecdeploy.config import resolve
 from mecdeploy.errors import UserError
 from mecdeploy.run_folder import locked, write_atomically
 from mecdeploy.study import plots, tables
@@ -41,10 +40,8 @@ def compare(
     """
     if launched().size > 1:
         raise UserError("compare starts processes of its own; run it without torchrun, and set study.jobs and devices.")
-    study = read_study(Path(config))
     folder = Path(out) if out is not None else default_out(Path(config))
-    cells = plan(study, folder)
-    require_unchanged(folder, cells)
+    study, cells = open_study(config, folder)
     if study.axes.test and not (folder / TEST).exists() and not any(is_finished(folder, cell) for cell in cells):
         require_test_images(cells)
     for part in (RUNS, SETTINGS, LOGS):
@@ -57,16 +54,18 @@ def compare(
         return _conclude(study, folder, cells, failures)
 
 
-def dry_run(config: str | Path, out: str | Path) -> tuple[tuple[Cell, ...], list[int]]:
-    """What `compare` would run, with the training images of each run; loads each data set, and writes nothing.
-
-    Raises as `compare` does before it starts anything.
-    """
-    from mecdeploy.training.data import load_dataset
-
+def open_study(config: str | Path, out: str | Path) -> tuple[Study, tuple[Cell, ...]]:
+    """The study and its runs, refused as `compare` refuses them; reads and executes nothing else."""
     study = read_study(Path(config))
     cells = plan(study, Path(out))
     require_unchanged(Path(out), cells)
+    return study, cells
+
+
+def training_images(cells: Sequence[Cell]) -> list[int]:
+    """How many images each run trains on, those it validates on not among them; loads each data set."""
+    from mecdeploy.training.data import load_dataset
+
     known: list[tuple[DataConfig, int]] = []
     images = []
     for cell in cells:
@@ -76,7 +75,7 @@ def dry_run(config: str | Path, out: str | Path) -> tuple[tuple[Cell, ...], list
             found = len(load_dataset(data, seed=cell.config.seed).train)
             known.append((data, found))
         images.append(found)
-    return cells, images
+    return images
 
 
 def default_out(config: Path) -> Path:
@@ -89,15 +88,14 @@ def _run(
 ) -> dict[str, str]:
     """Run what is left, with results.jsonl in step; returns run -> why it failed."""
     axes = study.axes
-    base = resolve(study.base)
-    finished = {cell.name: record(out, cell, base) for cell in cells if is_finished(out, cell)}
+    finished = {cell.name: record(out, cell) for cell in cells if is_finished(out, cell)}
 
     def write() -> None:
         write_records(out / RESULTS, (finished[cell.name] for cell in cells if cell.name in finished))
 
     def follow(event: RunEvent) -> None:
         if event.what == "finished":
-            found = finished[event.cell.name] = record(out, event.cell, base)
+            found = finished[event.cell.name] = record(out, event.cell)
             write()
             event = dataclasses.replace(event, accuracy=found["accuracy"])
         tell(event)

@@ -23,7 +23,8 @@ class Cell:
     """One run.
 
     name: of its folder. regime: empty where the study has none. method: as the study calls it; "start" for a run that
-    others start from. bits: as W2A4, empty for full precision. start: name of the run it starts from, empty for none.
+    others start from. bits: as W2A4, empty for full precision. settings: what it has on top of base, beside seed and
+    bits. start: name of the run it starts from, empty for none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Cell:
     bits: str
     seed: int
     config: TrainConfig
+    settings: Settings
     start: str = ""
 
     @property
@@ -73,12 +75,12 @@ def _start(study: Study, regime: str, seed: int, starts: list[Cell]) -> Cell | N
         return None
     own = seed if start.per_seed else start.seed
     name = "-".join(part for part in (regime, START, f"seed{own}") if part)
-    axes = {"method": "fp32", "seed": own}
-    config = _resolve(study, name, study.base, study.regimes.get(regime, {}), start.settings, axes)
+    settings = reduce(merge, (study.regimes.get(regime, {}), start.settings, {"method": "fp32"}))
+    config = _resolve(study, name, study.base, settings, {"seed": own})
     for known in starts:
         if known.config == config:
             return known
-    cell = Cell(name=name, regime=regime, method=START, bits="", seed=own, config=config)
+    cell = Cell(name=name, regime=regime, method=START, bits="", seed=own, config=config, settings=settings)
     starts.append(cell)
     return cell
 
@@ -99,7 +101,16 @@ def _comparison(study: Study, regime: str, seed: int, weights: str, start: str) 
                 axes["quant"] = dict(zip(("weight_bits", "act_bits"), widths(bits), strict=True))
             config = _resolve(study, name, *below, settings, axes)
             begun = start if config.weights == weights else ""
-            yield Cell(name=name, regime=regime, method=method, bits=label, seed=seed, config=config, start=begun)
+            yield Cell(
+                name=name,
+                regime=regime,
+                method=method,
+                bits=label,
+                seed=seed,
+                config=config,
+                settings=merge(study.regimes.get(regime, {}), settings),
+                start=begun,
+            )
 
 
 def _resolve(study: Study, name: str, *layers: Settings) -> TrainConfig:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ACCURACY, CURVES = "accuracy.svg", "curves.svg"
-_STYLE = {"svg.hashsalt": "mecdeploy", "svg.fonttype": "none", "font.size": 9, "axes.spines.right": False}
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "mecdeploy",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+}
 _PANEL = (3.6, 2.8)  # inches
 
 
@@ -27,8 +33,9 @@ def write(out: Path, rows: Sequence[Row], records: Sequence[Record]) -> list[str
         import matplotlib
     except ImportError:
         return ["No plots, since matplotlib is missing: pip install 'mecdeploy[plots]'."]
-    with matplotlib.rc_context({**_STYLE, "axes.spines.top": False}):
-        for name, figure in ((ACCURACY, accuracy(rows)), (CURVES, curves(records))):
+    methods = [name for name in dict.fromkeys(record["method"] for record in records) if name != START]
+    with matplotlib.rc_context(_STYLE):
+        for name, figure in ((ACCURACY, accuracy(rows, methods)), (CURVES, curves(records, methods))):
             if figure is not None:
                 content = io.BytesIO()
                 figure.savefig(content, format="svg", metadata={"Date": None})
@@ -36,14 +43,13 @@ def write(out: Path, rows: Sequence[Row], records: Sequence[Record]) -> list[str
     return []
 
 
-def accuracy(rows: Sequence[Row]) -> Figure | None:
+def accuracy(rows: Sequence[Row], methods: Sequence[str]) -> Figure | None:
     """One panel per regime: mean and standard deviation of each method at each width, full precision as a line.
 
-    Of the test images where they were read, else of the validation images.
+    Of the test images where they were read, else of the validation images. methods: in the order of their colours.
     """
     regimes = list(dict.fromkeys(row.regime for row in rows if row.method != START))
     bits = list(dict.fromkeys(row.bits for row in rows if row.bits))
-    methods = _methods(rows)
     if not regimes:
         return None
     figure, panels = _panels(1, len(regimes))
@@ -76,12 +82,14 @@ def accuracy(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def curves(records: Sequence[Record]) -> Figure | None:
-    """Validation accuracy by epoch, mean over seeds with their range: one panel for each regime (down) and width."""
+def curves(records: Sequence[Record], methods: Sequence[str]) -> Figure | None:
+    """Validation accuracy by epoch, mean over seeds with their range: one panel for each regime (down) and width.
+
+    methods: in the order of their colours.
+    """
     shown = [record for record in records if record["method"] != START]
     regimes = list(dict.fromkeys(record["regime"] for record in shown))
     bits = list(dict.fromkeys(record["bits"] for record in shown if record["bits"])) or [""]
-    methods = _methods(shown)
     if not regimes:
         return None
     figure, panels = _panels(len(regimes), len(bits))
@@ -96,6 +104,7 @@ def curves(records: Sequence[Record]) -> Figure | None:
                 _curve(panel, runs, label=method, color=f"C{index}")
             panel.set_title(" ".join(part for part in (regime, width) if part))
             panel.set_xlabel("epoch")
+            panel.xaxis.get_major_locator().set_params(integer=True)
             panel.set_ylabel("validation accuracy, %")
             panel.legend(frameon=False)
     return figure
@@ -108,12 +117,6 @@ def _curve(panel: Axes, runs: Sequence[Sequence[float]], *, label: str, color: s
         epochs = range(1, len(by_epoch) + 1)
         panel.plot(epochs, [sum(one) / len(one) for one in by_epoch], color=color, linewidth=1, label=label)
         panel.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=color, alpha=0.2, lw=0)
-
-
-def _methods(found: Sequence[Any]) -> list[str]:
-    """Names of the compared methods, in order."""
-    names = (one.method if isinstance(one, Row) else one["method"] for one in found)
-    return [name for name in dict.fromkeys(names) if name != START]
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

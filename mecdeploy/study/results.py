@@ -8,24 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mecdeploy.config import changes
+from mecdeploy.config import flatten
 from mecdeploy.run_folder import write_atomically
 from mecdeploy.study.plan import FINAL, RUNS, Cell
 from mecdeploy.study.running import note_path
-from mecdeploy.training.config import TrainConfig
 
 RESULTS = "results.jsonl"
 Record = Mapping[str, Any]
 _EPOCH = ("stage", "epoch", "train_accuracy", "validation_accuracy", "loss", "terms")
-_AXES = ("seed", "weights", "quant.weight_bits", "quant.act_bits")
 
 
-def record(out: Path, cell: Cell, base: TrainConfig, further: Record | None = None) -> dict[str, Any]:
+def record(out: Path, cell: Cell, further: Record | None = None) -> dict[str, Any]:
     """What the finished run came to, JSON-able.
 
     accuracy: of the deployed arithmetic (of the float network, with method fp32) after the last epoch; accuracy_fp32:
     of the network it was quantised from; both over the validation images, 0..1. seconds: training alone, over all
-    sessions. settings: the keys in which the run differs from `base`, beside seed and bits.
+    sessions. settings: what it has on top of base, by dotted key.
     further: other measures of the run, by name.
     """
     from mecdeploy.training.checkpoint import read_header
@@ -50,7 +48,7 @@ def record(out: Path, cell: Cell, base: TrainConfig, further: Record | None = No
         "epochs": len(history),
         "train_images": header["train_images"],
         "history": [{key: epoch[key] for key in _EPOCH} for epoch in history],
-        "settings": {key: value for key, value, _ in changes(cell.config, base) if key not in _AXES},
+        "settings": dict(flatten(cell.settings)),
         **(further or {}),
         "device": header["device"],
         "environment": _environment(note_path(out, cell.name)),

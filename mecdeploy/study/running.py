@@ -21,6 +21,7 @@ from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.names import may_change
 
 SETTINGS, LOGS = "settings", "logs"
+CHILD = ("-m", "mecdeploy.study.child")
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -197,7 +198,7 @@ def _spawn(out: Path, name: str, command: Sequence[str], threads: int, device: s
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
-    child = [sys.executable, "-m", "mecdeploy.study.child", str(os.getpid()), str(note_path(out, name))]
+    child = [sys.executable, *CHILD, str(os.getpid()), str(note_path(out, name))]
     with _log(out, name).open("wb") as log:
         # In a session of its own: Ctrl-C reaches it once, through us, and so it saves.
         return subprocess.Popen(
