@@ -5,6 +5,7 @@ The public API, loaded on first use so that `import mecdeploy` costs nothing:
     train(config, out)              a run folder with checkpoints
     compare(config, out)            methods x bits x seeds, each method against a baseline
     sensitivity(run, size=...)      which layers need their bits, and widths for a size
+    representation(run)             how a run uses its codes and spreads its features
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
     predict(model, images)          onnxruntime alone
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from mecdeploy.api import ExportReport, SensitivityReport, check, export, sensitivity, train
     from mecdeploy.config import read_config
+    from mecdeploy.measures import RepresentationReport, representation
     from mecdeploy.prediction import Prediction, predict
     from mecdeploy.study.compare import compare
     from mecdeploy.study.report import StudyReport
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "mecdeploy.api": ("ExportReport", "SensitivityReport", "check", "sensitivity", "train"),
     "mecdeploy.config": ("read_config",),
+    "mecdeploy.measures": ("RepresentationReport", "representation"),
     "mecdeploy.prediction": ("Prediction", "predict"),
     "mecdeploy.study.compare": ("compare",),
     "mecdeploy.study.report": ("StudyReport",),
@@ -79,6 +82,7 @@ __all__ = [
     "Prediction",
     "QuantConfig",
     "QuantizedModel",
+    "RepresentationReport",
     "ScheduleConfig",
     "SensitivityReport",
     "StudyReport",
@@ -91,6 +95,7 @@ __all__ = [
     "predict",
     "prepare",
     "read_config",
+    "representation",
     "sensitivity",
     "train",
 ]

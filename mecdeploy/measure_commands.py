@@ -1,0 +1,36 @@
+"""The commands that measure a finished run; `cli` adds them to its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+_PATH = click.Path(path_type=Path)
+_DEVICE = click.option(
+    "--device", default="auto", show_default=True, metavar="[auto|cpu|cuda]", help="Where to measure."
+)
+
+
+@click.command(short_help="Measure how a run uses its codes and spreads its features.")
+@click.argument("run", type=_PATH)
+@click.option("--images", type=click.IntRange(min=2), help="How many to measure on. Default: 1024, or all if fewer.")
+@click.option(
+    "--part", default="validation", show_default=True, metavar="[validation|training]", help="Which images of the data."
+)
+@_DEVICE
+def representation(run: Path, images: int | None, part: str, device: str) -> None:
+    """Measure how the finished RUN uses its codes (entropy, levels, ends) and spreads its features (rank, classes)."""
+    from mecdeploy import measure_tables, measures, progress
+    from mecdeploy.cli import _console, _network_of, _say_what_is_executed
+
+    _say_what_is_executed(_network_of(run))
+    with progress.checking_progress(_console(sys.stderr)) as tell:
+        report = measures.representation(run, images=images, part=part, device=device, progress=tell)
+    console = _console(sys.stdout)
+    for kind, uses in (("output", report.activations), ("weights of", report.weights)):
+        if uses:
+            console.print(measure_tables.codes(kind, uses), "")
+    console.print(measure_tables.features(report), "")
+    click.echo(f"Everything measured: {run / measures.REPRESENTATION}")
