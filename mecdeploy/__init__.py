@@ -6,6 +6,7 @@ The public API, loaded on first use so that `import mecdeploy` costs nothing:
     compare(config, out)            methods x bits x seeds, each method against a baseline
     sensitivity(run, size=...)      which layers need their bits, and widths for a size
     representation(run)             how a run uses its codes and spreads its features
+    hessian(run)                    how sharp its minimum is
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
     predict(model, images)          onnxruntime alone
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from mecdeploy.api import ExportReport, SensitivityReport, check, export, sensitivity, train
     from mecdeploy.config import read_config
-    from mecdeploy.measures import RepresentationReport, representation
+    from mecdeploy.measures import HessianReport, RepresentationReport, hessian, representation
     from mecdeploy.prediction import Prediction, predict
     from mecdeploy.study.compare import compare
     from mecdeploy.study.report import StudyReport
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "mecdeploy.api": ("ExportReport", "SensitivityReport", "check", "sensitivity", "train"),
     "mecdeploy.config": ("read_config",),
-    "mecdeploy.measures": ("RepresentationReport", "representation"),
+    "mecdeploy.measures": ("HessianReport", "RepresentationReport", "hessian", "representation"),
     "mecdeploy.prediction": ("Prediction", "predict"),
     "mecdeploy.study.compare": ("compare",),
     "mecdeploy.study.report": ("StudyReport",),
@@ -76,6 +77,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "ExportReport",
+    "HessianReport",
     "InputSpec",
     "MecConfig",
     "ModelConfig",
@@ -92,6 +94,7 @@ __all__ = [
     "check",
     "compare",
     "export",
+    "hessian",
     "predict",
     "prepare",
     "read_config",

@@ -21,7 +21,7 @@ from mecdeploy import __version__
 from mecdeploy.compare_command import compare
 from mecdeploy.errors import UserError
 from mecdeploy.failures import explain, lost_peer, tell_torchrun
-from mecdeploy.measure_commands import representation
+from mecdeploy.measure_commands import hessian, representation
 from mecdeploy.training.launch import launched
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ def demo(out: Path | None) -> None:
 
 cli.add_command(compare)
 cli.add_command(representation)
+cli.add_command(hessian)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -34,3 +34,26 @@ def representation(run: Path, images: int | None, part: str, device: str) -> Non
             console.print(measure_tables.codes(kind, uses), "")
     console.print(measure_tables.features(report), "")
     click.echo(f"Everything measured: {run / measures.REPRESENTATION}")
+
+
+@click.command(short_help="Measure how sharp the minimum of a run is.")
+@click.argument("run", type=_PATH)
+@click.option("--images", type=click.IntRange(min=2), help="Training images. Default: 512, or all if fewer.")
+@click.option("--probes", type=click.IntRange(min=2), default=32, show_default=True, help="Random signs for the trace.")
+@click.option(
+    "--iterations", type=click.IntRange(min=1), default=100, show_default=True, help="At most, for an eigenvalue."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws images and probes.")
+@_DEVICE
+def hessian(run: Path, images: int | None, probes: int, iterations: int, seed: int, device: str) -> None:
+    """Measure the top eigenvalue and the trace of the loss's Hessian in the weights of the finished RUN."""
+    from mecdeploy import measure_tables, measures, progress
+    from mecdeploy.cli import _console, _network_of, _say_what_is_executed
+
+    _say_what_is_executed(_network_of(run))
+    with progress.checking_progress(_console(sys.stderr)) as tell:
+        report = measures.hessian(
+            run, images=images, probes=probes, iterations=iterations, seed=seed, device=device, progress=tell
+        )
+    _console(sys.stdout).print(measure_tables.hessian(report), "")
+    click.echo(f"Everything measured: {run / measures.HESSIAN}")

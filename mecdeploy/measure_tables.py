@@ -10,7 +10,7 @@ from mecdeploy.measures import means
 from mecdeploy.tables import _dense_table
 
 if TYPE_CHECKING:
-    from mecdeploy.measures import RepresentationReport
+    from mecdeploy.measures import HessianReport, RepresentationReport
     from mecdeploy.training.representation import CodeUse
 
 
@@ -59,4 +59,22 @@ def features(report: RepresentationReport) -> Table:
     table.add_row("within / between", *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios))
     table.add_row("coding rate, nats per dimension", *(f"{spread.coding_rate:.4f}" for spread in spreads))
     table.caption = f"{report.images:,} {report.part} images; coding rate at distortion {report.features.distortion:g}."
+    return table
+
+
+def hessian(report: HessianReport) -> Table:
+    """Top eigenvalue and trace, raw and relative to the filters' norms."""
+    flatness = report.flatness
+    found = (flatness.raw, flatness.normalized)
+    table = _dense_table("Hessian of the cross entropy", "raw", "filter-normalised")
+    table.add_row("top eigenvalue", *(f"{one.eigenvalue:.4g}" for one in found))
+    table.add_row("... residual", *(f"{one.residual:.2g}" for one in found))
+    table.add_row(
+        "... iterations", *(f"{one.iterations}" + ("" if one.converged else ", not converged") for one in found)
+    )
+    table.add_row("trace", *(f"{one.trace:.4g} ±{one.trace_error:.2g}" for one in found))
+    table.caption = (
+        f"In {flatness.weights:,} weights of layers, over {report.images:,} training images (seed {report.seed}); "
+        f"{report.probes} probes. Loss {flatness.loss:.4g}, gradient norm {flatness.gradient_norm:.3g}."
+    )
     return table

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mecdeploy.training.config import TrainConfig
+    from mecdeploy.training.flatness import Flatness
     from mecdeploy.training.input_spec import InputSpec
     from mecdeploy.training.representation import CodeUse, FeatureSpread
 
-REPRESENTATION = "representation.json"
-MOST_REPRESENTED = 1024
+REPRESENTATION, HESSIAN = "representation.json", "hessian.json"
+MOST_REPRESENTED, MOST_DIFFERENTIATED = 1024, 512
 PARTS = ("validation", "training")
 
 Progress = Callable[[str, int, int], None]
@@ -134,6 +135,77 @@ def representation(
         float_features=None if networks.quantized is None else plain.features,
     )
     _write(folder.path / REPRESENTATION, networks, report.to_json())
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianReport:
+    """How sharp the minimum of a run is, over training images drawn by `seed`. probes: of the traces."""
+
+    run: Path
+    method: str
+    images: int
+    seed: int
+    probes: int
+    flatness: Flatness
+
+    def summary(self) -> dict[str, float]:
+        """Scalars by name, for comparing runs."""
+        found: dict[str, float] = {}
+        for name, curvature in (("hessian", self.flatness.raw), ("hessian_normalized", self.flatness.normalized)):
+            found |= {f"{name}_eigenvalue": curvature.eigenvalue, f"{name}_trace": curvature.trace}
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {**dataclasses.asdict(self), "run": str(self.run), "summary": self.summary()}
+
+
+def hessian(
+    run: str | Path,
+    *,
+    images: int | None = None,
+    probes: int = 32,
+    iterations: int = 100,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = _silent,
+) -> HessianReport:
+    """Measure the Hessian of a finished run's cross entropy in its layers' weights; writes RUN/hessian.json.
+
+    run: the folder of a finished run of any method. images: training images, without augmentation; None for 512, or all
+    where there are fewer. probes: random signs for the traces. iterations: at most so many for an eigenvalue. seed:
+    draws images, probes and the first direction, alike for every run on the same data. progress: called with (what,
+    done, total).
+    Raises UserError for a folder that is no run, TrainingError for a run that has not finished, more images than there
+    are, or an operator without a second derivative, OSError for a folder that cannot be written.
+    """
+    folder = run_folder.require_run(Path(run))
+    config = folder.read_config()
+    from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.device import choose_device, place, reproducible
+    from mecdeploy.training.flatness import BATCH_SIZE, measure_flatness
+    from mecdeploy.training.measured_images import count_images, take
+
+    target = choose_device(dataclasses.replace(config, device=device).device)
+    networks = _Networks.of(folder, config)
+    source = load_dataset(config.data, seed=config.seed).train
+    images = count_images(source, images, default=MOST_DIFFERENTIATED, part="training")
+    network = networks.full_precision if networks.quantized is None else networks.quantized
+    with reproducible(target):
+        flatness = measure_flatness(
+            place(network, target),
+            networks.spec,
+            list(take(source, images, batch_size=BATCH_SIZE, device=target, seed=seed)),
+            probes=probes,
+            iterations=iterations,
+            seed=seed,
+            progress=progress,
+        )
+    report = HessianReport(
+        run=folder.path, method=config.method, images=images, seed=seed, probes=probes, flatness=flatness
+    )
+    _write(folder.path / HESSIAN, networks, report.to_json())
     return report
 
 

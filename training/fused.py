@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mecdeploy.training import composed
 from mecdeploy.training.batch_moments import batch_moments
+from mecdeploy.training.composed import Bounds
 from mecdeploy.training.lsq import inner, zero_outside
-
-Bounds = tuple[int, int]
-"""Smallest and largest centred code."""
 
 
 def round_clamp_(ratio: Tensor, bounds: Bounds) -> Tensor:
@@ -74,9 +73,10 @@ def normalize_quantize(
     """
     running = (norm.running_mean, norm.running_var)
     momentum = 0.1 if norm.momentum is None else norm.momentum
-    codes: Tensor = _NormalizeQuantize.apply(
-        y, norm.weight.abs() / step, norm.bias / step, running, momentum, norm.eps, bounds
-    )
+    weight, bias = norm.weight.abs() / step, norm.bias / step
+    if composed.composing():
+        return composed.normalize_quantize(y, weight, bias, running, momentum, norm.eps, bounds)
+    codes: Tensor = _NormalizeQuantize.apply(y, weight, bias, running, momentum, norm.eps, bounds)
     return codes
 
 
@@ -98,6 +98,8 @@ class _ScaleQuantize(torch.autograd.Function):
 
 def scale_quantize(accumulator: Tensor, multiplier: Tensor, bounds: Bounds) -> Tensor:
     """clamp(round(accumulator * multiplier)), float32 [N, ...]; multiplier broadcasts. Only the accumulator is kept."""
+    if composed.composing():
+        return composed.straight_through(accumulator * multiplier, *bounds)
     codes: Tensor = _ScaleQuantize.apply(accumulator, multiplier, bounds)
     return codes
 
@@ -164,6 +166,8 @@ def add_quantize(
     a, b: centred codes [N, ...] that broadcast to each other; the backward pass keeps nothing else. scales, steps: ().
     answers: an integer kernel's codes from a and b, one tensor for each reader, instead; the gradients are the same.
     """
+    if composed.composing():
+        return composed.add_quantize(a, scale_a, b, scale_b, steps, bounds, answers)
     codes: tuple[Tensor, ...] = _AddQuantize.apply(a, scale_a, b, scale_b, answers, bounds, *steps)
     return codes
 

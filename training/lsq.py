@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mecdeploy.training.composed import composing, straight_through
+
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
@@ -98,12 +100,16 @@ def quantize(x: Tensor, step: Tensor, lower: int, upper: int) -> Tensor:
     real = codes * step they give LSQ's round(x/step) - x/step inside, lower or upper outside.
     Source: Esser et al. 2020 (arXiv:1902.08153), eq. 1-3 and 5.
     """
+    if composing():
+        return straight_through(x / step, lower, upper)
     codes: Tensor = _Quantize.apply(x, step, lower, upper)
     return codes
 
 
 def round_clamp(ratio: Tensor, lower: int, upper: int) -> Tensor:
     """clamp(round(ratio), lower, upper), rounding half to even; the gradient passes strictly inside the range."""
+    if composing():
+        return straight_through(ratio, lower, upper)
     codes: Tensor = _RoundClamp.apply(ratio, lower, upper)
     return codes
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mecdeploy.training.fused import Bounds, add_quantize, normalize_quantize, scale_quantize
+from mecdeploy.training.composed import Bounds
+from mecdeploy.training.fused import add_quantize, normalize_quantize, scale_quantize
 from mecdeploy.training.lsq import clamp_scaling_gradient, quantize, round_clamp, scale_gradient
 
 SMALLEST_STEP = 1e-12

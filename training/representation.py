@@ -95,7 +95,7 @@ def code_use(name: str, bits: int, counts: Tensor) -> CodeUse:
 
 
 def effective_rank(rows: Tensor) -> float:
-    """e to the entropy of the singular values' shares, for rows [m, d]; 0 for rows of zeros.
+    """Exponential of the entropy of the singular values' shares, of rows [m, d]; 0 for rows of zeros.
 
     Source: Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """
@@ -126,7 +126,7 @@ def class_scatter(rows: Tensor, labels: Tensor) -> tuple[float, float]:
     if not total:
         return 0.0, 0.0
     between = 0.0
-    for label in labels.unique():
+    for label in set(labels.tolist()):
         chosen = centred[labels == label]
         between += len(chosen) * float(chosen.mean(0).square().sum())
     return 1.0 - between / total, between / total
@@ -221,7 +221,7 @@ def _weight_uses(network: QuantizedModel) -> Iterator[CodeUse]:
 
 def _quantized_features(network: QuantizedModel) -> Callable[[Tensor], Tensor]:
     def read(pixels: Tensor) -> Tensor:
-        found = network(pixels, code=("features",))[1].features
+        found: Tensor | None = network(pixels, code=("features",))[1].features
         assert found is not None
         return found
 

@@ -70,10 +70,57 @@ def test_representation_refusals(call: Call, own_run: Path, arguments: list[str]
     assert not (own_run / "representation.json").exists()
 
 
-@pytest.mark.parametrize("command", ["representation"])
+@pytest.mark.parametrize("command", ["representation", "hessian"])
 def test_folders_that_are_no_finished_run(call: Call, own_run: Path, tmp_path: Path, command: str) -> None:
     assert "none does not exist; give the folder" in call(command, tmp_path / "none").error
     (tmp_path / "empty").mkdir()
     assert "has no run.toml, so it is no run folder" in call(command, tmp_path / "empty").error
     (own_run / "checkpoint-final.safetensors").unlink()
     assert "has not finished: it stands after" in call(command, own_run).error
+    assert not (own_run / f"{command}.json").exists()
+
+
+FEW = ["--images", "32", "--probes", "2", "--iterations", "3", "--device", "cpu"]
+
+
+def test_hessian_of_a_quantised_run(call: Call, own_run: Path) -> None:
+    outcome = call("hessian", own_run, *FEW)
+    assert outcome.code == 0, outcome.err
+    assert all(len(line) <= 80 for line in outcome.out.splitlines()[:-1])  # the last is a path
+    content = (own_run / "hessian.json").read_bytes()
+    written = json.loads(content)
+    report = mecdeploy.hessian(own_run, images=32, probes=2, iterations=3, device="cpu")
+    assert (own_run / "hessian.json").read_bytes() == content  # it repeats
+    assert isinstance(report, mecdeploy.HessianReport)
+    assert written == json.loads(json.dumps({"checkpoint_sha256": written["checkpoint_sha256"], **report.to_json()}))
+    assert (report.images, report.seed, report.probes, report.method) == (32, 0, 2, "mec")
+    assert report.summary() == {
+        "hessian_eigenvalue": report.flatness.raw.eigenvalue,
+        "hessian_trace": report.flatness.raw.trace,
+        "hessian_normalized_eigenvalue": report.flatness.normalized.eigenvalue,
+        "hessian_normalized_trace": report.flatness.normalized.trace,
+    }
+    assert f"{report.flatness.raw.eigenvalue:.4g}" in outcome.out
+    assert f"In {report.flatness.weights:,} weights" in outcome.out and "32 training images" in outcome.out
+
+
+def test_hessian_in_full_precision_sees_the_same_weights(call: Call, float_run: Path, own_run: Path) -> None:
+    assert call("hessian", float_run, *FEW).code == call("hessian", own_run, *FEW).code == 0
+    full, quantised = (json.loads((run / "hessian.json").read_text()) for run in (float_run, own_run))
+    assert full["method"] == "fp32"
+    assert full["flatness"]["weights"] == quantised["flatness"]["weights"]
+    assert full["flatness"]["raw"]["eigenvalue"] != quantised["flatness"]["raw"]["eigenvalue"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--images", "100000"], "images is 100000, but the run has 1437 training images; ask for at most these."),
+        (["--probes", "1"], "'--probes'"),
+        (["--iterations", "0"], "'--iterations'"),
+        (["--device", "tpu"], "device is 'tpu'"),
+    ],
+)
+def test_hessian_refusals(call: Call, own_run: Path, arguments: list[str], words: str) -> None:
+    assert words in call("hessian", own_run, *arguments).error
+    assert not (own_run / "hessian.json").exists()
