@@ -23,9 +23,9 @@ _DEVICE = click.option(
 def representation(run: Path, images: int | None, part: str, device: str) -> None:
     """Measure how the finished RUN uses its codes (entropy, levels, ends) and spreads its features (rank, classes)."""
     from mecdeploy import measure_tables, measures, progress
-    from mecdeploy.cli import _console, _network_of, _say_what_is_executed
+    from mecdeploy.cli import _console, _network_of, say_what_is_executed
 
-    _say_what_is_executed(_network_of(run))
+    say_what_is_executed(_network_of(run))
     with progress.checking_progress(_console(sys.stderr)) as tell:
         report = measures.representation(run, images=images, part=part, device=device, progress=tell)
     console = _console(sys.stdout)
@@ -48,9 +48,9 @@ def representation(run: Path, images: int | None, part: str, device: str) -> Non
 def hessian(run: Path, images: int | None, probes: int, iterations: int, seed: int, device: str) -> None:
     """Measure the top eigenvalue and the trace of the loss's Hessian in the weights of the finished RUN."""
     from mecdeploy import measure_tables, measures, progress
-    from mecdeploy.cli import _console, _network_of, _say_what_is_executed
+    from mecdeploy.cli import _console, _network_of, say_what_is_executed
 
-    _say_what_is_executed(_network_of(run))
+    say_what_is_executed(_network_of(run))
     with progress.checking_progress(_console(sys.stderr)) as tell:
         report = measures.hessian(
             run, images=images, probes=probes, iterations=iterations, seed=seed, device=device, progress=tell
