@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 from calling import Call
 
+import mecdeploy
 from mecdeploy.run_folder import is_locked
 from mecdeploy.study import compare, plots
+from mecdeploy.study.running import RunEvent
+from mecdeploy.study.testing import write_test_accuracies
 
 STUDY = """
 [study]
@@ -26,118 +30,126 @@ test = true
 device = "cpu"
 data.validation = "carved"
 schedule.epochs = 3
-model.name = "net.py:make"
 [start]
-schedule.fp_epochs = 2
-[methods.lsq]
-method = "lsq"
+weights = "START"
 [methods.gentle]
 method = "lsq"
 schedule.learning_rate = 0.005
+[methods.lsq]
+method = "lsq"
 """
-NET = """
-from torch import nn
-
-
-def make(channels, num_classes):
-    body = (nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(*body, nn.Linear(8, num_classes))
-"""
-RUNS = ["start-seed0", "lsq-w4a4-seed0", "gentle-w4a4-seed0"]
-SEVERAL_SESSIONS = ("seconds", "images_per_second", "date")
+RUNS = ["gentle-w4a4-seed0", "lsq-w4a4-seed0"]
+SEVERAL_SESSIONS = {"seconds", "images_per_second", "date"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
+    """A folder with a study of two runs, both from the finished run of all front-door tests."""
     folder = tmp_path_factory.mktemp("study")
-    (folder / "study.toml").write_text(STUDY)
-    (folder / "net.py").write_text(NET)
+    (folder / "study.toml").write_text(STUDY.replace("START", str(run / "checkpoint-final.safetensors")))
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path, environment: dict[str, str]) -> tuple[Path, str, str]:
-    """A finished study, and what it said; tests only read it."""
-    found = subprocess.run(command(), cwd=place, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    return place / "studies" / "study", found.stdout, found.stderr
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "mecdeploy", "compare", "--config", "study.toml", *arguments]
+def whole(place: Path) -> tuple[Path, list[RunEvent]]:
+    """The finished study, and what was told of it; tests only read it."""
+    events: list[RunEvent] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        report = mecdeploy.compare("study.toml", report=events.append)
+    assert report.failures == {}
+    return place / report.out, events
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_study_leaves_records_tables_and_plots(whole: tuple[Path, str, str]) -> None:
-    out, said, progress = whole
+def test_a_study_leaves_records_tables_and_plots(whole: tuple[Path, list[RunEvent]], run: Path) -> None:
+    out, events = whole
     records, tests = lines(out / "results.jsonl"), lines(out / "test.jsonl")
     assert [record["name"] for record in records] == [test["name"] for test in tests] == RUNS
-    assert [record["bits"] for record in records] == ["", "W4A4", "W4A4"]
-    assert [len(record["history"]) for record in records] == [2, 3, 3]
-    assert records[2]["settings"] == {"method": "lsq", "schedule.learning_rate": 0.005}
-    assert records[1]["start"] == RUNS[0] and records[1]["accuracy_fp32"] == records[0]["accuracy"]
-    assert records[1]["environment"]["threads"] == 1 and "torch" in records[1]["environment"]["versions"]
     for record in records:
+        assert (record["bits"], record["epochs"], len(record["history"])) == ("W4A4", 3, 3)
         assert record["accuracy"] == record["history"][-1]["validation_accuracy"]
-    assert {test["images"] for test in tests} == {360}, "the fifth of the digits that are given for validation"
+        assert record["environment"]["threads"] == 1 and "torch" in record["environment"]["versions"]
+    assert records[0]["settings"] == {"method": "lsq", "schedule.learning_rate": 0.005}
+    assert {test["images"] for test in tests} == {360}, "the fifth of the digits that is given for validation"
     summary = json.loads((out / "summary.json").read_text())
-    assert (summary["finished"], summary["runs"], summary["failures"]) == (3, 3, {})
-    difference = 100 * (tests[2]["accuracy"] - tests[1]["accuracy"])
-    row = summary["rows"][2]
+    assert (summary["finished"], summary["runs"], summary["failures"]) == (2, 2, {})
+    row = summary["rows"][0]
+    difference = 100 * (tests[0]["accuracy"] - tests[1]["accuracy"])
     assert row["test_difference"]["mean"] == pytest.approx(difference) and row["test_difference"]["interval"] is None
-    assert f"| gentle | W4A4 | 1 | {100 * records[2]['accuracy']:.2f} |" in (out / "table.md").read_text()
-    assert "gentle" in said and "against lsq, points" in said
-    assert "3/3" in progress and "lsq-w4a4-seed0 started" in progress and "Executing" in progress
+    assert f"| gentle | W4A4 | 1 | {100 * records[0]['accuracy']:.2f} |" in (out / "table.md").read_text()
+    assert sorted((event.cell.name, event.what, event.accuracy) for event in events if event.accuracy is not None) == [
+        (record["name"], "finished", record["accuracy"]) for record in records
+    ]
     for name in (plots.ACCURACY, plots.CURVES):
         assert (out / name).read_text().startswith("<?xml")
 
 
 def test_a_killed_study_goes_on_to_the_same_results(
-    whole: tuple[Path, str, str], place: Path, environment: dict[str, str]
+    whole: tuple[Path, list[RunEvent]], place: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = place / "killed"
-    study = subprocess.Popen(command("--out", "killed"), cwd=place, env=environment, stderr=subprocess.PIPE)
-    runs, deadline = out / "runs", time.monotonic() + 120
+    other, out = whole[0], place / "killed"
+    alone = (place / "study.toml").read_text().split("[methods.lsq]")[0].replace('baseline = "lsq"', "")
+    (place / "alone.toml").write_text(alone)
+    command = [sys.executable, "-m", "mecdeploy", "compare", "--config", "alone.toml", "--out", "killed"]
+    study = subprocess.Popen(command, cwd=place, env=environment, stderr=subprocess.DEVNULL)
+    folder, deadline = out / "runs" / RUNS[0], time.monotonic() + 120
     try:
-        while not list(runs.glob("lsq-*/checkpoint-*.safetensors")):
+        while not list(folder.glob("checkpoint-*.safetensors")):
             assert time.monotonic() < deadline and study.poll() is None
             time.sleep(0.005)
     finally:
-        study.send_signal(signal.SIGKILL)
-        study.communicate()
-    while any(is_locked(run) for run in runs.iterdir()):  # nobody is left who trains on
+        study.kill()
+        study.wait()
+    while is_locked(folder):  # nobody is left who trains on
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not (out / "test.jsonl").exists()
-    found = subprocess.run(command("--out", "killed"), cwd=place, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert (out / "test.jsonl").read_bytes() == (whole[0] / "test.jsonl").read_bytes()
-    assert (out / "table.md").read_bytes() == (whole[0] / "table.md").read_bytes()
-    for name in (plots.ACCURACY, plots.CURVES):
-        assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
-    for mine, other in zip(lines(out / "results.jsonl"), lines(whole[0] / "results.jsonl"), strict=True):
-        differ = {key for key in mine | other if mine[key] != other[key]}
-        assert differ <= set(SEVERAL_SESSIONS)
-
-
-def test_test_images_are_read_once(
-    whole: tuple[Path, str, str], place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, said, _ = whole
+    shutil.copytree(other / "runs" / RUNS[1], out / "runs" / RUNS[1])  # the other run, which this is not about
+    shutil.copy(other / "settings" / f"{RUNS[1]}.json", out / "settings")
     monkeypatch.chdir(place)
-    monkeypatch.setattr(compare, "run_test", lambda *arguments, **more: pytest.fail("read again"))
+    # In this process, which has loaded torch.
+    monkeypatch.setattr(compare, "run_test", lambda out, **how: write_test_accuracies(out))
+    report = mecdeploy.compare("study.toml", "killed")
+    assert report.failures == {}
+    for name in ("test.jsonl", "table.md", plots.ACCURACY, plots.CURVES):
+        assert (out / name).read_bytes() == (other / name).read_bytes()
+    for mine, theirs in zip(lines(out / "results.jsonl"), lines(other / "results.jsonl"), strict=True):
+        assert {key for key in mine | theirs if mine[key] != theirs[key]} <= SEVERAL_SESSIONS
+
+
+def test_a_finished_study_is_told_again_from_its_runs(
+    whole: tuple[Path, list[RunEvent]], place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = whole
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(compare, "run_test", lambda *arguments, **how: pytest.fail("read again"))
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     (out / "results.jsonl").unlink()
-    again = call("compare", "--config", "study.toml")
-    assert (again.code, again.out) == (0, said)
-    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before, "made again from the runs"
+    outcome = call("compare", "--config", "study.toml")
+    assert outcome.code == 0 and "gentle" in outcome.out and "against lsq, points" in outcome.out
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_runs_that_come_after_the_test_are_not_tested(
+    whole: tuple[Path, list[RunEvent]], place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place / "later"
+    shutil.copytree(whole[0], out)
+    shutil.copytree(out / "runs" / RUNS[1], out / "runs" / "twin-w4a4-seed0")
+    (place / "more.toml").write_text((place / "study.toml").read_text() + '[methods.twin]\nmethod = "lsq"\n')
+    monkeypatch.chdir(place)
+    outcome = call("compare", "--config", "more.toml", "--out", "later")
+    assert outcome.code == 0
+    assert "Not tested, since the test images were read before they ran: twin-w4a4-seed0." in outcome.err
+    assert (out / "test.jsonl").read_bytes() == (whole[0] / "test.jsonl").read_bytes()
 
 
 def test_without_matplotlib_it_says_what_to_install(
-    whole: tuple[Path, str, str], place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, list[RunEvent]], place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -145,12 +157,48 @@ def test_without_matplotlib_it_says_what_to_install(
     assert outcome.code == 0 and "pip install 'mecdeploy[plots]'" in outcome.err
 
 
+def test_a_failing_run_is_exit_code_1(
+    whole: tuple[Path, list[RunEvent]], place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(compare, "run_all", lambda *arguments, **how: {RUNS[0]: "no room left"})
+    outcome = call("compare", "--config", "study.toml")
+    assert outcome.code == 1 and f"Failed: {RUNS[0]}: no room left" in outcome.err
+    assert "gentle" in outcome.out, "the others have their table"
+    assert json.loads((whole[0] / "summary.json").read_text())["failures"] == {RUNS[0]: "no room left"}
+
+
+def test_ctrl_c_says_how_to_go_on(place: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(compare, "run_all", interrupted)
+    outcome = call("compare", "--config", "study.toml", "--out", "stopped")
+    assert outcome.code == 130
+    assert "Continue with: mecdeploy compare --config study.toml --out stopped" in outcome.err
+
+
+def test_data_without_test_images_are_refused_before_anything_runs(
+    place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mecdeploy.training import data
+
+    whole_data = data.load_dataset
+    monkeypatch.setattr(
+        data, "load_dataset", lambda config, *, seed: dataclasses.replace(whole_data(config, seed=seed), test=None)
+    )
+    monkeypatch.chdir(place)
+    assert "digits has no test part" in call("compare", "--config", "study.toml", "--out", "untestable").error
+    assert not (place / "untestable").exists()
+
+
 def test_a_dry_run_lists_the_runs_and_writes_nothing(place: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     outcome = call("compare", "--config", "study.toml", "--out", "dry", "--dry-run")
     assert outcome.code == 0 and not (place / "dry").exists()
-    assert "gentle-w4a4-seed0  start-seed0" in outcome.out
-    assert "3 runs, 8 epochs, 10,344 images" in outcome.out, "8 epochs of 1,293 images"
+    assert "gentle-w4a4-seed0" in outcome.out
+    assert "2 runs, 6 epochs, 7,758 images" in outcome.out, "6 epochs of 1,293 images"
 
 
 def test_what_is_refused_leaves_nothing(tmp_path: Path, call: Call) -> None:
@@ -161,14 +209,3 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, call: Call) -> None:
     assert "methods.gentle: unknown key 'schedule.learning_rat'; did you mean 'schedule.learning_rate'?" in error
     assert "no such config file" in call("compare", "--config", tmp_path / "nowhere.toml", "--out", out).error
     assert not out.exists()
-
-
-def test_a_failing_run_is_exit_code_1(
-    whole: tuple[Path, str, str], place: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(place)
-    (place / "more.toml").write_text(STUDY + '[methods.lost]\nmethod = "lsq"\nweights = "nowhere.safetensors"\n')
-    outcome = call("compare", "--config", "more.toml", "--out", "studies/study")
-    assert outcome.code == 1
-    assert "Failed: lost-w4a4-seed0: weights is nowhere.safetensors, which does not exist" in outcome.err
-    assert "gentle" in outcome.out, "the others have their table"
