@@ -87,6 +87,8 @@ def curves(records: Sequence[Record], methods: Sequence[str]) -> Figure | None:
 
     methods: in the order of their colours.
     """
+    from matplotlib.ticker import MaxNLocator
+
     shown = [record for record in records if record["method"] != START]
     regimes = list(dict.fromkeys(record["regime"] for record in shown))
     bits = list(dict.fromkeys(record["bits"] for record in shown if record["bits"])) or [""]
@@ -104,7 +106,7 @@ def curves(records: Sequence[Record], methods: Sequence[str]) -> Figure | None:
                 _curve(panel, runs, label=method, color=f"C{index}")
             panel.set_title(" ".join(part for part in (regime, width) if part))
             panel.set_xlabel("epoch")
-            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.set_ylabel("validation accuracy, %")
             panel.legend(frameon=False)
     return figure

@@ -106,7 +106,7 @@ def test_a_resumed_stage_says_so() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7325, "2:02:05")])
 def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 def test_a_check_shows_its_parts_on_a_terminal_only() -> None:
