@@ -8,11 +8,14 @@ and which values are clipped, stays as it is. docs/measures.md says what they me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 Bounds = tuple[int, int]
 """Smallest and largest centred code."""
@@ -26,9 +29,26 @@ def twice_differentiable() -> Iterator[None]:
     global _active
     before, _active = _active, True
     try:
-        yield
+        with _PiecewiseLinear():
+            yield
     finally:
         _active = before
+
+
+class _PiecewiseLinear(TorchFunctionMode):
+    """Computes the hard sigmoid, for which torch has no second derivative, by functions for which it has one."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace F.hardsigmoid and the operator behind it, leave the rest alone."""
+        if function in (F.hardsigmoid, torch.ops.aten.hardsigmoid.default):
+            return F.relu6(args[0] + 3) / 6
+        return function(*args, **(kwargs or {}))
 
 
 def composing() -> bool:
