@@ -25,7 +25,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.units import WeightedUnit
 
 BATCH_SIZE = 64
-"""A batch's graph of first and second derivatives is some three times that of a training step."""
+"""Smaller than in training: a graph of first and second derivatives is larger. Changes a result's last bits alone."""
 
 Progress = Callable[[str, int, int], None]
 

@@ -21,6 +21,7 @@ from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.quantizers import ActivationQuantizer, QTensor
 from mecdeploy.training.units import Unit, WeightedUnit
+from mecdeploy.training.weight_quantizers import WeightQuantizer
 
 STORED = 256
 """Codes are stored in bytes."""
@@ -214,8 +215,13 @@ def _weight_uses(network: QuantizedModel) -> Iterator[CodeUse]:
     for name, unit in network.units().items():
         if isinstance(unit, WeightedUnit):
             quantizer = unit.weight_quantizer
-            codes = quantizer(unit.weight)[0].flatten().long() - quantizer.lower
-            counts = torch.bincount(codes, minlength=quantizer.upper - quantizer.lower + 1)
+            codes = quantizer(unit.weight)[0].flatten()
+            if isinstance(quantizer, WeightQuantizer):
+                levels = torch.arange(quantizer.lower, quantizer.upper + 1)
+            else:
+                levels = quantizer.levels
+            places = torch.searchsorted(levels.to(codes), codes)
+            counts = torch.bincount(places, minlength=len(levels))
             yield code_use(name, quantizer.bits, counts.cpu())
 
 

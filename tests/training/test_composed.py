@@ -89,12 +89,12 @@ def test_add_quantize(shape: tuple[int, ...], answered: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("zero_point", ["fixed", "learned"])
-def test_a_whole_network(training: bool, zero_point: str) -> None:
+@pytest.mark.parametrize(("zero_point", "method"), [("fixed", "lsq"), ("learned", "lsq+"), ("fixed", "pact")])
+def test_a_whole_network(training: bool, zero_point: str, method: str) -> None:
     """Both on live BatchNorm and deployed: the same logits, to the bit, and gradients of every parameter."""
     network = tiny_residual().eval()
     network.dropout.p = 0.0
-    model = prepare(network, QuantConfig(weight_bits=3, act_bits=3, zero_point=zero_point), SPEC)
+    model = prepare(network, QuantConfig(weight_bits=3, act_bits=3, zero_point=zero_point), SPEC, method)
     calibrate(model, [images(32)])
     model.train(training)
     labels = torch.arange(24) % 4

@@ -160,6 +160,18 @@ def test_codes_are_the_deployed_ones(quantized: QuantizedModel) -> None:
     assert (weights.lowest, weights.highest) == (counts[0] / codes.size, counts[-1] / codes.size)
 
 
+def test_codes_that_are_not_consecutive() -> None:
+    """DoReFa's: odd ones, all of them available."""
+    model = prepare(tiny_residual().eval(), QuantConfig(weight_bits=2, act_bits=2), SPEC, "dorefa")
+    calibrate(model, [images(32)])
+    found = next(use for use in measure(model, SPEC, batches(), distortion=0.5).weights if use.name == "second")
+    codes = model.unit("second").weight_quantizer(model.unit("second").weight)[0].detach().numpy()
+    shares = np.array([(codes == level).mean() for level in (-3, -1, 1, 3)])
+    assert (found.available, found.levels) == (4, (shares > 0).sum())
+    assert found.entropy == pytest.approx(-(shares * np.log2(shares)).sum(), abs=1e-9)
+    assert (found.lowest, found.highest) == (shares[0], shares[3])
+
+
 def test_features_are_what_the_last_layer_reads(quantized: QuantizedModel) -> None:
     found = measure(quantized, SPEC, batches(), distortion=0.5).features
     stored = quantized.integers(images(40, seed=5))
