@@ -163,6 +163,9 @@ def _stage_line(event: StageEvent) -> str:
     if not event.steps:
         return name
     resumed = f", resumed after epoch {event.epoch}, step {event.step}" if event.epoch or event.step else ""
+    if event.widths:
+        name += f" at {event.widths} from epoch {event.epoch + 1} on"
+        resumed = f", resumed after step {event.step}" if event.step else ""
     parameters = f", {event.parameters:,} parameters" if event.parameters else ""
     where = event.device if event.processes == 1 else f"{event.processes} processes, {event.device}"
     return f"{name}: {event.epochs} epochs of {event.steps} steps on {where}{parameters}{resumed}"

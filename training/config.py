@@ -244,6 +244,8 @@ class ScheduleConfig:
     step_rate: learning rate of the quantisers' step sizes, in those of the weights; 0 leaves them as calibrated.
     averaging: decay, per step, of a moving average of all parameters over the live epochs, which then takes their place
     for the frozen ones; 0 for none.
+    progressive: falling widths of weights and activations that the live epochs pass through, in equal shares, before
+    the final ones; empty for none.
     batch_size: images of one optimiser step, on all processes together. accumulation: parts in which they are worked
     through one after the other, for networks whose batch does not fit the memory.
     compile: whether the live stages run through torch.compile: faster steps, after a first one of a minute or so.
@@ -260,6 +262,7 @@ class ScheduleConfig:
     learning_rate: float = 0.02
     step_rate: float = 1.0
     averaging: float = 0.0
+    progressive: tuple[int, ...] = ()
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
@@ -292,6 +295,17 @@ class ScheduleConfig:
             raise TrainingError(
                 f"schedule.averaging is {self.averaging}, but all {self.epochs} epochs are frozen and there is nothing "
                 "to average; lower schedule.frozen_epochs, or set it to 0."
+            )
+        object.__setattr__(self, "progressive", tuple(self.progressive))
+        for bits in self.progressive:
+            _require_choice("schedule.progressive", bits, BIT_WIDTHS)
+        if list(self.progressive) != sorted(set(self.progressive), reverse=True):
+            raise TrainingError(f"schedule.progressive is {list(self.progressive)}; widths have to fall, as in [8, 4].")
+        live = self.epochs - self.frozen_epochs
+        if self.progressive and self.epochs > 0 and live <= len(self.progressive):
+            raise TrainingError(
+                f"schedule.progressive has {len(self.progressive)} widths before the final ones, and there are {live} "
+                f"live epochs (schedule.epochs less schedule.frozen_epochs); {len(self.progressive) + 1} is the least."
             )
         if self.frozen_epochs > self.epochs:
             raise TrainingError(
@@ -333,10 +347,25 @@ class TrainConfig:
             )
         if self.data.labels == "none":
             self._require_teaching()
+        self._require_widths_to_fall()
         if self.schedule.compile and self.quant.zero_point == "learned":
             raise TrainingError(
                 "schedule.compile is true and quant.zero_point learned (method lsq+ has it so); a compiled graph "
                 "cannot read a zero point that moves. Set one of them to its default (false, fixed)."
+            )
+
+    def _require_widths_to_fall(self) -> None:
+        quant, widths = self.quant, self.schedule.progressive
+        final = [quant.weight_bits, quant.act_bits, *(b for each in quant.overrides.values() for b in each.values())]
+        if widths and widths[-1] <= min(final):
+            raise TrainingError(
+                f"schedule.progressive ends at {widths[-1]} bits, and no final width is below that; leave it out."
+            )
+        if widths and (quant.damping or quant.freezing):
+            key = "damping" if quant.damping else "freezing"
+            raise TrainingError(
+                f"quant.{key} is {getattr(quant, key)} and schedule.progressive {list(widths)}; where widths change, "
+                "integers before and after are not the same ones. Leave one of them out."
             )
 
     @property

@@ -21,7 +21,8 @@ class StageEvent:
     stages: every stage of this run, in order. epochs, steps: epochs of this stage and steps in each; 0 for "calibrate".
     epoch, step: how many of them an earlier session has already done; both 0 for a fresh stage.
     parameters: trainable numbers in this stage. device: where it runs, as torch spells it (process 0's).
-    processes: how many train together.
+    processes: how many train together. widths: those of this part of the stage, in words, where schedule.progressive
+    changes them on the way; the stage is then reported once for each.
     """
 
     stage: str
@@ -33,6 +34,7 @@ class StageEvent:
     parameters: int = 0
     device: str = "cpu"
     processes: int = 1
+    widths: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

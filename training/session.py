@@ -27,6 +27,7 @@ from mecdeploy.training.events import (
 from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.last_good import another_run, newest_good
 from mecdeploy.training.optimizers import learning_rate, set_learning_rate, warmup_steps
+from mecdeploy.training.progressive import phase_at
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Stage, plan_stages
@@ -92,10 +93,26 @@ class Session:
             self._announce(stage.name, stage.epochs, stage.steps)
             gradients = Gradients(state)
         while state.position.epoch < stage.epochs:
+            if self._enter_phase(stage):
+                gradients = Gradients(state)
             self._run_epoch(stage, gradients)
         if state.accuracy_fp32 is None:  # weights from elsewhere, not trained here
             state.accuracy_fp32 = self._validate()
             self._save()
+
+    def _enter_phase(self, stage: Stage) -> bool:
+        """Change the widths where schedule.progressive has others from this epoch on; returns whether it has."""
+        state = self.state
+        widths = state.config.schedule.progressive
+        phase = phase_at(state.position.epoch, stage.epochs, widths) if stage.name == "qat" else state.phase
+        if phase == state.phase:
+            return False
+        self._announce("calibrate", 0, 0)
+        self._consistent = False
+        state.enter_phase(phase)
+        self._consistent = True
+        self._announce(stage.name, stage.epochs, stage.steps)
+        return True
 
     def _run_epoch(self, stage: Stage, gradients: Gradients) -> None:
         state, config = self.state, self.state.config
@@ -237,6 +254,8 @@ class Session:
         if len(self.stages) > 1:
             trained.insert(trained.count("fp32"), "calibrate")
         resumed = self.state.position if self.state.position.stage == name else Position.of(name, 0, 0)
+        widths, phase = self.state.config.schedule.progressive, self.state.phase
+        passing = [*(f"{bits} bits" for bits in widths), "the final widths"] if widths and name == "qat" else [""]
         parameters = sum(p.numel() for p in self.state.task.network.parameters() if p.requires_grad)
         self._emit(
             StageEvent(
@@ -249,6 +268,7 @@ class Session:
                 parameters=parameters,
                 device=str(self.state.device),
                 processes=self.world.size,
+                widths=passing[phase] if len(passing) > 1 else "",
             )
         )
 
@@ -274,6 +294,10 @@ class Session:
         epochs = {stage.name: stage.epochs for stage in self.stages}
         last = history[-1] if history and not position.step else {}
         measured = (last.get("stage"), last.get("epoch")) == (position.stage, position.epoch)
+        # An accuracy at wider quantisers is none of the network that is wanted, and makes no checkpoint the best.
+        measured = measured and (
+            position.stage != "qat" or self.state.phase == len(self.state.config.schedule.progressive)
+        )
         return {
             **self.state.header(),
             "stage_epochs": epochs,

@@ -30,6 +30,7 @@ from mecdeploy.training.names import are_published, may_change
 from mecdeploy.training.optimizers import build_optimizer, momentum_tensors, restore_momentum
 from mecdeploy.training.oscillation import WeightFreezer, low_bit_layers
 from mecdeploy.training.preparation import prepare
+from mecdeploy.training.progressive import FallingWidths
 from mecdeploy.training.published import published_weights
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
@@ -63,6 +64,7 @@ class State:
     """A run's networks, optimiser and position.
 
     float_model: the full-precision network, unchanged after stage fp32. model: the quantised one, once there is one.
+    phase: of schedule.progressive, that its widths are those of.
     average: of the quantised one's parameters, in stage qat where schedule.averaging asks for it. freezer: of its
     weights, where quant.freezing asks for it.
     teacher: the full-precision network as the loss of the quantised one needs it, if it does.
@@ -91,6 +93,7 @@ class State:
             device,
         )
         self.model: QuantizedModel | None = None
+        self.phase = 0
         self.average: WeightAverage | None = None
         self.freezer: WeightFreezer | None = None
         self.teacher: Teacher | None = None
@@ -139,11 +142,21 @@ class State:
     def quantize(self) -> None:
         """Replace the task by that of a freshly calibrated quantised network, at the start of stage qat."""
         model = self._prepared()
+        self._widths(model).apply(0)
         torch.manual_seed(derive_seed(self.config.seed, "calibrate"))  # dropout draws here, too
         calibrate(model, self._calibration_batches())
         self._begin_quantized(model)
         self.position = Position.of("qat", 0, 0)
         self._begin_average(model)
+
+    def enter_phase(self, phase: int) -> None:
+        """Go on with the widths of another phase of schedule.progressive; an average begins anew."""
+        assert self.model is not None
+        torch.manual_seed(derive_seed(self.config.seed, "calibrate", phase))
+        for parameter in self.widths.enter(phase, self._calibration_batches()):
+            self.optimizer.state.pop(parameter, None)
+        self.phase = phase
+        self._begin_average(self.model)
 
     def freeze(self) -> None:
         """Enter stage deploy, with the average of the parameters where there is one.
@@ -178,6 +191,7 @@ class State:
             "stage": self.position.stage,
             "epoch": self.position.epoch,
             "step": self.position.step,
+            "phase": self.phase,
             "tally": dataclasses.asdict(self.tally),
             "history": self.history,
             "accuracy_fp32": self.accuracy_fp32,
@@ -203,6 +217,8 @@ class State:
         self.position = Position.of(header["stage"], header["epoch"], header["step"])
         if self.position.stage != "fp32":
             model = self._prepared()
+            self.phase = header.get("phase", 0)
+            self._widths(model).apply(self.phase)
             if self.position.stage == "deploy":
                 model.freeze()
             model.load_state_dict(checkpoint.section("model"))
@@ -251,6 +267,10 @@ class State:
             world=self.world,
         )
         self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes(), model.clipping_steps())
+
+    def _widths(self, model: QuantizedModel) -> FallingWidths:
+        self.widths = FallingWidths(model, self.config.schedule.progressive)
+        return self.widths
 
     def _begin_average(self, model: QuantizedModel) -> None:
         decay = self.config.schedule.averaging
