@@ -52,6 +52,8 @@ def compare(config: Path, out: Path | None, jobs: int | None, dry_run: bool) -> 
         raise click.exceptions.Exit(INTERRUPTED) from None
     output.print(tables.results(report))
     output.print(tables.explanation(report), highlight=False)
+    if report.measured:
+        output.print(tables.measures(report))
     for note in report.notes:
         click.echo(note, err=True)
     if report.untested:

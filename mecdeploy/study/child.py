@@ -2,8 +2,9 @@
 
     python -m mecdeploy.study.child PARENT NOTE train --config FILE --out RUN
 
-does what `python -m mecdeploy train --config FILE --out RUN` does, and `... NOTE test STUDY` reads the test images of a
-study's runs. PARENT: process id of the study. When that ends, killed or not, this process gets SIGTERM, and so saves
+does what `python -m mecdeploy train --config FILE --out RUN` does; `... NOTE test STUDY` reads the test images of a
+study's runs, and `... NOTE measure STUDY KINDS` measures them, KINDS being study.measures as JSON.
+PARENT: process id of the study. When that ends, killed or not, this process gets SIGTERM, and so saves
 after its step (on Linux). NOTE: a file that gets versions and machine, as JSON, at the end.
 """
 
@@ -29,7 +30,8 @@ def run(arguments: list[str]) -> None:
     _end_with(int(parent))
     from mecdeploy.cli import cli, main
 
-    cli.add_command(_test())
+    for further in _commands():
+        cli.add_command(further)
     try:
         main(command)
     finally:
@@ -59,18 +61,28 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _test() -> Any:
-    """The command that only a study calls, beside those of the command line."""
+def _commands() -> list[Any]:
+    """The commands that only a study calls, beside those of the command line."""
     import click
 
+    study = click.argument("study", type=click.Path(path_type=Path))
+
     @click.command()
-    @click.argument("study", type=click.Path(path_type=Path))
+    @study
     def test(study: Path) -> None:
         from mecdeploy.study.testing import write_test_accuracies
 
         write_test_accuracies(study)
 
-    return test
+    @click.command()
+    @study
+    @click.argument("kinds")
+    def measure(study: Path, kinds: str) -> None:
+        from mecdeploy.study.measuring import write_measures
+
+        write_measures(study, json.loads(kinds))
+
+    return [test, measure]
 
 
 def _end_with(parent: int) -> None:

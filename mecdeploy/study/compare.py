@@ -11,15 +11,16 @@ from mecdeploy.errors import UserError
 from mecdeploy.run_folder import locked, write_atomically
 from mecdeploy.study import plots, tables
 from mecdeploy.study.config import Study, read_study
+from mecdeploy.study.measuring import MEASURES, measured_rows, unmeasured
 from mecdeploy.study.plan import RUNS, Cell, plan
 from mecdeploy.study.report import StudyReport, rows
 from mecdeploy.study.results import RESULTS, read_records, record, write_records
-from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all, run_test
+from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all, run_command
 from mecdeploy.study.testing import TEST, require_test_images
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.launch import launched
 
-TABLE, SUMMARY = "table.md", "summary.json"
+TABLE, MEASURES_TABLE, SUMMARY = "table.md", "measures.md", "summary.json"
 
 
 def compare(
@@ -49,8 +50,9 @@ def compare(
     with locked(folder):
         failures = _run(study, folder, cells, jobs, report or (lambda event: None))
         if study.axes.test and not failures and not (folder / TEST).exists():
-            failed = run_test(folder, threads=study.axes.threads, device=next(iter(study.axes.devices), None))
-            failures |= {"test": failed} if failed is not None else {}
+            failures |= _alone(study, folder, "test")
+        if study.axes.measures and unmeasured(folder, study.axes.measures):
+            failures |= _alone(study, folder, "measure", json.dumps(study.axes.measures))
         return _conclude(study, folder, cells, failures)
 
 
@@ -111,12 +113,24 @@ def _run(
     )
 
 
+def _alone(study: Study, out: Path, command: str, *arguments: str) -> dict[str, str]:
+    """Execute what is no run, in a process of its own; as `_run`, by the command's name."""
+    device = next(iter(study.axes.devices), None)
+    failed = run_command(out, (command, str(out), *arguments), threads=study.axes.threads, device=device)
+    return {} if failed is None else {command: failed}
+
+
 def _conclude(study: Study, out: Path, cells: Sequence[Cell], failures: dict[str, str]) -> StudyReport:
     """Write what the runs came to, and return it."""
     records = read_records(out / RESULTS)
     planned = {cell.name for cell in cells}
     tests = [test for test in read_records(out / TEST) if test["name"] in planned]
     tested = {test["name"] for test in tests}
+    measured = [
+        found
+        for found in read_records(out / MEASURES)
+        if found["name"] in planned and found["measures"] == study.axes.measures
+    ]
     found_rows = rows(records, tests, study.axes.baseline)
     found = StudyReport(
         out=out,
@@ -124,10 +138,13 @@ def _conclude(study: Study, out: Path, cells: Sequence[Cell], failures: dict[str
         baseline=study.axes.baseline,
         records=records,
         rows=found_rows,
+        measured=measured_rows(measured, study.axes.baseline),
         failures=failures,
         untested=[run["name"] for run in records if run["name"] not in tested] if tests else [],
         notes=plots.write(out, found_rows, records),
     )
+    if found.measured:
+        write_atomically(out / MEASURES_TABLE, tables.measures_markdown(found).encode())
     write_atomically(out / TABLE, tables.markdown(found).encode())
     write_atomically(out / SUMMARY, (json.dumps(found.to_json(), indent=2) + "\n").encode())
     return found

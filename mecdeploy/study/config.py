@@ -16,6 +16,8 @@ from mecdeploy.training.config import BIT_WIDTHS
 from mecdeploy.training.errors import TrainingError
 
 START = "start"
+MEASURES = {"representation": ("images",), "hessian": ("images", "probes", "iterations", "seed")}
+"""Measure -> what can be set of it, as its command has it."""
 _TABLES = ("study", "base", START, "methods", "regimes")
 _AXES = {"seed": "study.seeds", "quant.weight_bits": "study.bits", "quant.act_bits": "study.bits"}
 _NAME = re.compile(r"[\w.+-]+")
@@ -31,6 +33,7 @@ class Axes:
     jobs: runs at once; 0 for one on each of `devices`, or one. threads: of each run.
     devices: CUDA_VISIBLE_DEVICES of the runs, in turn; empty leaves it as it is.
     test: read the test images, once, when every run is done.
+    measures: what else to measure of every run: a key of MEASURES -> its options.
     equal_budget: refuse methods that differ in how many epochs they train for.
     """
 
@@ -41,6 +44,7 @@ class Axes:
     threads: int = 1
     devices: tuple[str, ...] = ()
     test: bool = False
+    measures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     equal_budget: bool = True
 
     def __post_init__(self) -> None:
@@ -52,6 +56,16 @@ class Axes:
             raise UserError(f"study.seeds holds {min(self.seeds)}; a seed must be at least 0.")
         for bits in self.bits:
             widths(bits)
+        for measure, options in self.measures.items():
+            if measure not in MEASURES:
+                raise UserError(f"study.measures holds {measure!r}; choose of {', '.join(MEASURES)}.")
+            for key, value in options.items():
+                if key not in MEASURES[measure]:
+                    raise UserError(
+                        f"study.measures.{measure} holds {key!r}; choose of {', '.join(MEASURES[measure])}."
+                    )
+                if value < (0 if key == "seed" else 1):
+                    raise UserError(f"study.measures.{measure}.{key} is {value}; it must be at least 1.")
         for key, minimum in (("jobs", 0), ("threads", 1)):
             if getattr(self, key) < minimum:
                 raise UserError(f"study.{key} is {getattr(self, key)}; it must be at least {minimum}.")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mecdeploy.study.results import Record, by_seed
+from mecdeploy.study.measuring import MeasuredRow
+from mecdeploy.study.results import Record, by_seed, partner_of
 from mecdeploy.study.statistics import Difference, Spread, paired_difference, spread
 
 
@@ -33,7 +34,8 @@ class Row:
 class StudyReport:
     """A study as far as it is done.
 
-    runs: how many it has. records: of the finished ones, as in results.jsonl. failures: run -> its last line.
+    runs: how many it has. records: of the finished ones, as in results.jsonl. measured: what study.measures asks for.
+    failures: run -> its last line.
     untested: runs that have come after the test images were read. notes: what else there is to say, in sentences.
     """
 
@@ -42,6 +44,7 @@ class StudyReport:
     baseline: str
     records: Sequence[Record]
     rows: Sequence[Row]
+    measured: Sequence[MeasuredRow] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
     untested: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -58,15 +61,11 @@ def rows(records: Sequence[Record], tests: Sequence[Record], baseline: str) -> l
 
     A baseline without bits (fp32) is the partner of every width.
     """
-    validation, test = by_seed(records, "accuracy"), by_seed(tests, "accuracy")
+    validation, test = by_seed(records, "accuracy", 100.0), by_seed(tests, "accuracy", 100.0)
     found = []
-    for (regime, method, bits), values in validation.items():
-        group = (regime, method, bits)
-        partner = next(
-            (key for key in ((regime, baseline, bits), (regime, baseline, "")) if key in validation and key != group),
-            None,
-        )
-        paired = method != baseline and partner is not None
+    for group, values in validation.items():
+        regime, method, bits = group
+        partner = partner_of(group, baseline, validation)
         tested = test.get(group)
         found.append(
             Row(
@@ -74,11 +73,9 @@ def rows(records: Sequence[Record], tests: Sequence[Record], baseline: str) -> l
                 method=method,
                 bits=bits,
                 validation=spread(list(values.values())),
-                difference=paired_difference(values, validation[partner]) if paired and partner else None,
+                difference=paired_difference(values, validation[partner]) if partner else None,
                 test=spread(list(tested.values())) if tested else None,
-                test_difference=paired_difference(tested, test.get(partner, {}))
-                if tested and paired and partner
-                else None,
+                test_difference=paired_difference(tested, test.get(partner, {})) if tested and partner else None,
             )
         )
     regimes = list(dict.fromkeys(row.regime for row in found))

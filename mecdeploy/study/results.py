@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,19 @@ from mecdeploy.study.plan import FINAL, RUNS, Cell
 from mecdeploy.study.running import note_path
 
 RESULTS = "results.jsonl"
+AXES = ("name", "regime", "method", "bits", "seed")
 Record = Mapping[str, Any]
+Group = tuple[str, str, str]
+"""Regime, method and bits."""
 _EPOCH = ("stage", "epoch", "train_accuracy", "validation_accuracy", "loss", "terms")
 
 
-def record(out: Path, cell: Cell, further: Record | None = None) -> dict[str, Any]:
+def record(out: Path, cell: Cell) -> dict[str, Any]:
     """What the finished run came to, JSON-able.
 
     accuracy: of the deployed arithmetic (of the float network, with method fp32) after the last epoch; accuracy_fp32:
     of the network it was quantised from; both over the validation images, 0..1. seconds: training alone, over all
     sessions. settings: what it has on top of base, by dotted key.
-    further: other measures of the run, by name.
     """
     from mecdeploy.training.checkpoint import read_header
 
@@ -49,7 +51,6 @@ def record(out: Path, cell: Cell, further: Record | None = None) -> dict[str, An
         "train_images": header["train_images"],
         "history": [{key: epoch[key] for key in _EPOCH} for epoch in history],
         "settings": dict(flatten(cell.settings)),
-        **(further or {}),
         "device": header["device"],
         "environment": _environment(note_path(out, cell.name)),
         "date": finished.isoformat(timespec="seconds"),
@@ -66,13 +67,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def by_seed(records: Sequence[Record], key: str) -> dict[tuple[str, str, str], dict[int, float]]:
-    """(regime, method, bits) -> seed -> value of `key` in percent, in the order of the records."""
-    groups: dict[tuple[str, str, str], dict[int, float]] = {}
+def by_seed(records: Sequence[Record], key: str, unit: float = 1.0) -> dict[Group, dict[int, float]]:
+    """Group -> seed -> value of `key`, times `unit`, in the order of the records."""
+    groups: dict[Group, dict[int, float]] = {}
     for found in records:
         group = groups.setdefault((found["regime"], found["method"], found["bits"]), {})
-        group[found["seed"]] = 100 * found[key]
+        group[found["seed"]] = unit * found[key]
     return groups
+
+
+def partner_of(group: Group, baseline: str, groups: Collection[Group]) -> Group | None:
+    """What a group is paired with: the baseline's at its width, or without bits (fp32), which serves every width."""
+    regime, method, bits = group
+    if method == baseline:
+        return None
+    return next((key for key in ((regime, baseline, bits), (regime, baseline, "")) if key in groups), None)
 
 
 def _environment(note: Path) -> Any:

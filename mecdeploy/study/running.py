@@ -100,17 +100,17 @@ def run_all(
     return pool.failures
 
 
-def run_test(out: Path, *, threads: int, device: str | None) -> str | None:
-    """Read the test images in a process of its own; returns why that failed, or None.
+def run_command(out: Path, command: Sequence[str], *, threads: int, device: str | None) -> str | None:
+    """Execute a command of child.py, such as ("test", out), to its end; returns why that failed, or None.
 
     Raises KeyboardInterrupt as `run_all` does.
     """
-    process = _spawn(out, "test", ["test", str(out)], threads, device)
+    process = _spawn(out, command[0], command, threads, device)
     with Interrupts() as interrupts, _none_left(lambda: [process]):
         while process.poll() is None:
             interrupts.check()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return _reason(_log(out, "test"), process.returncode) if process.returncode else None
+    return _reason(_log(out, command[0]), process.returncode) if process.returncode else None
 
 
 class _Pool:

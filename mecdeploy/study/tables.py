@@ -20,11 +20,37 @@ def results(report: StudyReport) -> Table:
 
 def markdown(report: StudyReport) -> str:
     """The same as a markdown table with its explanation."""
-    head, *lines = _cells(report)
-    rule = ["---" if index < _words(report) else "---:" for index in range(len(head))]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+    table = _markdown(_cells(report), _words(report))
     done = f"{len(report.records)} of {report.runs} runs are finished."
     return f"{table}\n\n{done} {explanation(report)}\n"
+
+
+MEASURES = {
+    "activation_entropy": "entropy of activations, bits",
+    "weight_entropy": "entropy of weights, bits",
+    "feature_effective_rank": "effective rank",
+    "feature_coding_rate": "coding rate, nats",
+    "feature_spread_ratio": "within / between classes",
+    "hessian_eigenvalue": "top eigenvalue",
+    "hessian_normalized_eigenvalue": "top eigenvalue, filters of norm 1",
+    "hessian_normalized_trace": "trace, filters of norm 1",
+}
+"""Those of docs/measures.md that a table shows; summary.json has the others, too."""
+
+
+def measures(report: StudyReport) -> Table:
+    """What study.measures asked for: means and deviations over seeds."""
+    head, *lines = _measured(report, differences=False)
+    return _rich(head, lines, words=_words(report))
+
+
+def measures_markdown(report: StudyReport) -> str:
+    """The same as a markdown table and, where there is a baseline, a second one with paired differences to it."""
+    tables = [_markdown(_measured(report, differences=False), _words(report))]
+    if report.baseline:
+        tables += [f"Against {report.baseline}, with the {LEVEL:.0%} confidence interval of Student's t:"]
+        tables += [_markdown(_measured(report, differences=True), _words(report))]
+    return "\n\n".join(tables) + "\n"
 
 
 def explanation(report: StudyReport) -> str:
@@ -76,6 +102,36 @@ def _cells(report: StudyReport) -> list[list[str]]:
         for line, row in zip(lines, report.rows, strict=True):
             line.insert(0, row.regime)
     return [head, *lines]
+
+
+def _measured(report: StudyReport, *, differences: bool) -> list[list[str]]:
+    """Head and rows; the baseline has no differences, and no row of them."""
+    known = [key for key in MEASURES if any(key in row.values for row in report.measured)]
+    regimes = _words(report) == 3
+    lines = []
+    for row in report.measured:
+        if differences and not row.differences:
+            continue
+        found = row.differences if differences else row.values
+        cells = [_significant(found[key]) if key in found else "" for key in known]
+        lines.append([*([row.regime] if regimes else []), row.method, row.bits, *cells])
+    return [[*(["regime"] if regimes else []), "method", "bits", *(MEASURES[key] for key in known)], *lines]
+
+
+def _significant(found: Spread) -> str:
+    """To three digits, whatever the unit."""
+    if isinstance(found, Difference):
+        if found.interval is None:
+            return f"{found.mean:+.3g}"
+        low, high = found.interval
+        return f"{found.mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+    return f"{found.mean:.3g}" if found.deviation is None else f"{found.mean:.3g} ± {found.deviation:.2g}"
+
+
+def _markdown(rows: Sequence[Sequence[str]], words: int) -> str:
+    head, *lines = rows
+    rule = ["---" if index < words else "---:" for index in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def _words(report: StudyReport) -> int:

@@ -9,11 +9,10 @@ from typing import Any
 from mecdeploy.errors import UserError
 from mecdeploy.run_folder import RunFolder
 from mecdeploy.study.plan import RUNS, Cell
-from mecdeploy.study.results import RESULTS, read_records, write_records
+from mecdeploy.study.results import AXES, RESULTS, read_records, write_records
 from mecdeploy.training.config import TrainConfig
 
 TEST = "test.jsonl"
-_AXES = ("name", "regime", "method", "bits", "seed")
 
 
 def require_test_images(cells: Sequence[Cell]) -> None:
@@ -40,7 +39,7 @@ def write_test_accuracies(out: Path) -> None:
     for found in read_records(out / RESULTS):
         folder = RunFolder(out / RUNS / found["name"])
         accuracy, images = _test_accuracy(folder.path, folder.read_config())
-        records.append({**{key: found[key] for key in _AXES}, "accuracy": accuracy, "images": images})
+        records.append({**{key: found[key] for key in AXES}, "accuracy": accuracy, "images": images})
     write_records(out / TEST, records)
 
 

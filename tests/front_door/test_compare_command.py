@@ -17,6 +17,7 @@ from calling import Call
 import mecdeploy
 from mecdeploy.run_folder import is_locked
 from mecdeploy.study import compare, plots
+from mecdeploy.study.measuring import unmeasured
 from mecdeploy.study.running import RunEvent
 from mecdeploy.study.testing import write_test_accuracies
 
@@ -26,6 +27,7 @@ seeds = [0]
 baseline = "lsq"
 jobs = 2
 test = true
+measures.representation = { images = 64 }
 [base]
 device = "cpu"
 data.validation = "carved"
@@ -63,6 +65,27 @@ def whole(place: Path) -> tuple[Path, list[RunEvent]]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_run_is_measured_once(whole: tuple[Path, list[RunEvent]]) -> None:
+    """By what the command of that name writes; the difference is that of the two runs."""
+    out, _ = whole
+    records = lines(out / "measures.jsonl")
+    assert [record["name"] for record in records] == RUNS
+    for record in records:
+        assert record["measures"] == {"representation": {"images": 64}}
+        written = json.loads((out / "runs" / record["name"] / "representation.json").read_text())
+        assert written["images"] == 64 and written["summary"] == record["values"]
+    gentle, lsq = (record["values"]["weight_entropy"] for record in records)
+    measured = json.loads((out / "summary.json").read_text())["measured"]
+    assert [row["method"] for row in measured] == ["gentle", "lsq"]
+    assert measured[0]["differences"]["weight_entropy"]["mean"] == gentle - lsq
+    assert measured[1]["differences"] == {}
+    table = (out / "measures.md").read_text().splitlines()
+    assert table[0].startswith("| method | bits | entropy of activations, bits | entropy of weights, bits |")
+    assert f"| {gentle:.3g} |" in table[2] and f"| {gentle - lsq:+.3g} |" in table[-1]
+    assert unmeasured(out, {"representation": {"images": 64}}) == []
+    assert unmeasured(out, {"representation": {"images": 65}}) == RUNS
 
 
 def test_a_study_leaves_records_tables_and_plots(whole: tuple[Path, list[RunEvent]], run: Path) -> None:

@@ -106,6 +106,17 @@ def test_a_method_may_say_otherwise_than_the_start(tmp_path: Path) -> None:
         ("[methods.warm]", "[methods.'a/b']", "methods.'a/b' is part of a folder's name"),
         ('baseline = "lsq"', "test = true", "run start-seed9 validates on images that are not carved"),
         ("[methods.lsq]", "[regimes.few]\ndata.fraction = 2.0\n[methods.lsq]", "data.fraction is 2.0"),
+        (
+            'baseline = "lsq"',
+            "measures.hesian = {}",
+            "study.measures holds 'hesian'; choose of representation, hessian.",
+        ),
+        ('baseline = "lsq"', "measures.hessian.n = 3", "study.measures.hessian holds 'n'; choose of images, probes"),
+        (
+            'baseline = "lsq"',
+            "measures.hessian.images = 0",
+            "study.measures.hessian.images is 0; it must be at least 1",
+        ),
         ('baseline = "lsq"', 'devices = ["0"]\njobs = -1', "study.jobs is -1; it must be at least 0."),
     ],
 )
