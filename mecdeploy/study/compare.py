@@ -14,10 +14,11 @@ from mecdeploy.study.config import Study, read_study
 from mecdeploy.study.measuring import MEASURES, measured_rows, unmeasured
 from mecdeploy.study.plan import RUNS, Cell, plan
 from mecdeploy.study.report import StudyReport, rows
-from mecdeploy.study.results import RESULTS, read_records, record, write_records
+from mecdeploy.study.results import RESULTS, Record, read_records, record, write_records
 from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all, run_command
 from mecdeploy.study.testing import TEST, require_test_images
 from mecdeploy.training.config import DataConfig
+from mecdeploy.training.events import ACCURACY
 from mecdeploy.training.launch import launched
 
 TABLE, MEASURES_TABLE, SUMMARY = "table.md", "measures.md", "summary.json"
@@ -141,10 +142,18 @@ def _conclude(study: Study, out: Path, cells: Sequence[Cell], failures: dict[str
         measured=measured_rows(measured, study.axes.baseline),
         failures=failures,
         untested=[run["name"] for run in records if run["name"] not in tested] if tests else [],
-        notes=plots.write(out, found_rows, records),
+        notes=[*plots.write(out, found_rows, records), *_other_measures(records)],
     )
     if found.measured:
         write_atomically(out / MEASURES_TABLE, tables.measures_markdown(found).encode())
     write_atomically(out / TABLE, tables.markdown(found).encode())
     write_atomically(out / SUMMARY, (json.dumps(found.to_json(), indent=2) + "\n").encode())
     return found
+
+
+def _other_measures(records: Sequence[Record]) -> list[str]:
+    """A sentence about runs whose validation figure is no accuracy, if there are any."""
+    found = [run["name"] for run in records if run["measure"] != ACCURACY]
+    return (
+        [f"Without labels, validation is agreement with the teacher, no accuracy: {', '.join(found)}."] if found else []
+    )

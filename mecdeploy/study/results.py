@@ -12,6 +12,7 @@ from mecdeploy.config import flatten
 from mecdeploy.run_folder import write_atomically
 from mecdeploy.study.plan import FINAL, RUNS, Cell
 from mecdeploy.study.running import note_path
+from mecdeploy.training.events import ACCURACY
 
 RESULTS = "results.jsonl"
 AXES = ("name", "regime", "method", "bits", "seed")
@@ -25,7 +26,8 @@ def record(out: Path, cell: Cell) -> dict[str, Any]:
     """What the finished run came to, JSON-able.
 
     accuracy: of the deployed arithmetic (of the float network, with method fp32) after the last epoch; accuracy_fp32:
-    of the network it was quantised from; both over the validation images, 0..1. seconds: training alone, over all
+    of the network it was quantised from; both over the validation images, 0..1. measure: what they are, agreement with
+    the teacher where those images have no labels. seconds: training alone, over all
     sessions. settings: what it has on top of base, by dotted key.
     """
     from mecdeploy.training.checkpoint import read_header
@@ -45,6 +47,7 @@ def record(out: Path, cell: Cell) -> dict[str, Any]:
         "start": cell.start,
         "accuracy": header["accuracy"],
         "accuracy_fp32": header["accuracy_fp32"],
+        "measure": header.get("measure", ACCURACY),
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 1) if seconds else None,
         "epochs": len(history),

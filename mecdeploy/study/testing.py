@@ -16,16 +16,19 @@ TEST = "test.jsonl"
 
 
 def require_test_images(cells: Sequence[Cell]) -> None:
-    """Refuse, before anything is trained, data that have no test part. Loads each data set of the study once."""
+    """Refuse, before anything is trained, data that have no test part with labels. Loads each data set once."""
     from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.data.source import UNKNOWN
 
     seen = []
     for cell in cells:
         if cell.config.data not in seen:
             seen.append(cell.config.data)
-            if load_dataset(cell.config.data, seed=cell.config.seed).test is None:
+            test = load_dataset(cell.config.data, seed=cell.config.seed).test
+            if test is None or bool((test.labels == UNKNOWN).any()):
+                lacks = "test part" if test is None else "labels for its test part"
                 raise UserError(
-                    f"study.test is true, but {cell.config.data.name} has no test part; add one, or set study.test = "
+                    f"study.test is true, but {cell.config.data.name} has no {lacks}; add it, or set study.test = "
                     "false."
                 )
 
