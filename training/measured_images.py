@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from mecdeploy.training.data import Batch, ImageSource
+from mecdeploy.training.data.source import UNKNOWN
 from mecdeploy.training.device import channels_last
 from mecdeploy.training.errors import TrainingError
 
@@ -15,8 +16,11 @@ from mecdeploy.training.errors import TrainingError
 def count_images(source: ImageSource, images: int | None, *, default: int, part: str) -> int:
     """How many of a source's images to take: `images`, or where None as many as there are up to `default`.
 
-    part: what the source is called in the message. Raises TrainingError for more than there are, and for fewer than 2.
+    part: what the source is called in a message. Raises TrainingError for more than there are, for fewer than 2, and
+    for a source without labels.
     """
+    if bool((source.labels == UNKNOWN).any()):
+        raise TrainingError(f"the {part} images have no labels, without which this cannot be measured on them.")
     if images is None:
         images = min(default, len(source))
     if images > len(source):

@@ -17,6 +17,7 @@ from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.config import QuantConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.data.memory import MemorySource
+from mecdeploy.training.data.source import UNKNOWN
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.measured_images import count_images, take
 from mecdeploy.training.model import QuantizedModel
@@ -221,3 +222,5 @@ def test_which_images() -> None:
         count_images(source, 21, default=7, part="training")
     with pytest.raises(TrainingError, match="images is 1; a measurement needs at least 2"):
         count_images(source, 1, default=7, part="training")
+    with pytest.raises(TrainingError, match="the training images have no labels, without which"):
+        count_images(MemorySource(pixels, labels * 0 + UNKNOWN, flip=True), 5, default=7, part="training")
