@@ -348,11 +348,26 @@ class TrainConfig:
         if self.data.labels == "none":
             self._require_teaching()
         self._require_widths_to_fall()
+        self._require_learned_weight_steps()
         if self.schedule.compile and self.quant.zero_point == "learned":
             raise TrainingError(
                 "schedule.compile is true and quant.zero_point learned (method lsq+ has it so); a compiled graph "
                 "cannot read a zero point that moves. Set one of them to its default (false, fixed)."
             )
+
+    def _require_learned_weight_steps(self) -> None:
+        """DoReFa's weights have no step of their own to round to, and at 8 bits no codes that fit a byte."""
+        asked = {
+            "quant.damping": self.quant.damping,
+            "quant.freezing": self.quant.freezing,
+            "schedule.progressive": list(self.schedule.progressive),
+        }
+        for key, value in asked.items():
+            if value and self.method in RULES and RULES[self.method].weights == "dorefa":
+                raise TrainingError(
+                    f"{key} is {value}, which needs weights with step sizes, and method {self.method} has DoReFa's; "
+                    "leave it out, or choose mec, lsq or lsq+."
+                )
 
     def _require_widths_to_fall(self) -> None:
         quant, widths = self.quant, self.schedule.progressive

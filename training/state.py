@@ -27,7 +27,7 @@ from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
 from mecdeploy.training.names import are_published, may_change
-from mecdeploy.training.optimizers import build_optimizer, momentum_tensors, restore_momentum
+from mecdeploy.training.optimizers import GuardedSGD, build_optimizer, momentum_tensors, restore_momentum
 from mecdeploy.training.oscillation import WeightFreezer, low_bit_layers
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.progressive import FallingWidths
@@ -168,7 +168,7 @@ class State:
             self.average.put_in()
             self.average = None
             estimate_statistics(self.model, self._statistics_batches())
-            self.optimizer = build_optimizer(self.model, self.config.schedule, self.model.step_sizes())
+            self.optimizer = self._quantized_optimizer(self.model)
         self.model.freeze()
         self.position = Position.of("deploy", 0, 0)
 
@@ -266,7 +266,10 @@ class State:
             labelled=labelled,
             world=self.world,
         )
-        self.optimizer = build_optimizer(model, self.config.schedule, model.step_sizes(), model.clipping_steps())
+        self.optimizer = self._quantized_optimizer(model)
+
+    def _quantized_optimizer(self, model: QuantizedModel) -> GuardedSGD:
+        return build_optimizer(model, self.config.schedule, model.step_sizes(), model.clipping_steps())
 
     def _widths(self, model: QuantizedModel) -> FallingWidths:
         self.widths = FallingWidths(model, self.config.schedule.progressive)

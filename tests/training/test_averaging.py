@@ -98,6 +98,16 @@ def test_resumed_on_the_way_it_ends_at_the_same_bits(averaged, tmp_path):
     assert_same_run(tmp_path / "run", averaged)
 
 
+def test_what_decays_goes_on_decaying_after_it(tmp_path):
+    """PACT's clipping levels: resumed in the final phase, with an optimiser made anew, it ends at the same bits."""
+    config = tiny_config(method="pact", averaging=0.6)
+    train(config, tiny_dataset(), tmp_path / "whole")
+    with pytest.raises(TrainingInterrupted):
+        train(config, tiny_dataset(), tmp_path / "run", report=interrupt_at(is_step("deploy", 1, 1)))
+    train(config, tiny_dataset(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_without_a_final_phase_it_is_the_result(tmp_path, uninterrupted):
     config = tiny_config(averaging=0.9, epochs=2, frozen_epochs=0)
     result = train(config, tiny_dataset(), tmp_path / "run")

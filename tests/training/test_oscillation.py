@@ -147,6 +147,17 @@ def test_a_network_without_such_layers_is_refused_before_training(tmp_path, key)
         train(config, tiny_dataset(), tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", ["pact", "dorefa"])
+def test_weights_without_step_sizes_are_refused(method) -> None:
+    for quant, schedule, key in (
+        ({"damping": 0.1}, {}, "quant.damping is 0.1"),
+        ({"freezing": 0.1}, {}, "quant.freezing is 0.1"),
+        ({"weight_bits": 2}, {"progressive": (8, 4)}, r"schedule.progressive is \[8, 4\]"),
+    ):
+        with pytest.raises(TrainingError, match=f"{key}, which needs weights with step sizes, and method {method} has"):
+            TrainConfig(method=method, quant=QuantConfig(**quant), schedule=ScheduleConfig(**schedule))
+
+
 def test_settings_out_of_range_or_at_odds_are_refused() -> None:
     with pytest.raises(TrainingError, match="quant.damping is -1.0; it must be at least 0"):
         QuantConfig(damping=-1.0)
