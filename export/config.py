@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mecdeploy.export.errors import ExportError
 
-PACKED_BITS = (2, 3, 4, 8)
+PACKED_BITS = (1, 2, 3, 4, 8)
 TARGETS = ("onnxruntime", "portable")
 INPUTS = ("uint8", "float")
 
@@ -16,7 +16,8 @@ class ExportConfig:
     """Which file to write.
 
     bits: width at which low-bit weights are packed; None packs every weight at the width it was trained at. A unit
-        trained wider than this keeps its own width (the 8-bit first and last layer).
+        trained wider than this keeps its own width (the 8-bit first and last layer), and so does one whose levels the
+        plain range of this width does not hold.
     target: onnxruntime (1.24 or newer: INT4 and INT2 initialisers) or portable (packed bytes and a lookup table:
         onnxruntime from 1.18, OpenVINO).
     input: uint8 (raw pixels) or float (pixels / 255, in [0, 1]).

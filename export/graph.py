@@ -57,9 +57,11 @@ class Value:
 class Weight:
     """Symmetric weights: real = codes * scale[output channel].
 
-    codes: int8 [O, I / groups, kh, kw] (Conv) or [O, I] (Gemm), in -2^(bits-1)..2^(bits-1)-1.
-    bits: the width they were trained at: 2, 3, 4 or 8.
+    codes: int8 [O, I / groups, kh, kw] (Conv) or [O, I] (Gemm), in -2^(bits-1)..2^(bits-1)-1, or of the levels.
+    bits: the width they were trained at: 1 (with levels), 2, 3, 4 or 8.
     scale: float32 [O], finite, > 0; BatchNorm's gamma and sigma are already in it.
+    levels: int8 [n], ascending, n <= 2^bits: what codes can be; or [n, 4], n <= 256: what each four successive codes of
+    a filter can be. None for the plain range.
     packed_bits: the width they take in the file, >= bits; 0 until a pass chooses.
     storage: int8, int4, int2 or table; empty until a pass chooses.
     """
@@ -67,8 +69,14 @@ class Weight:
     codes: NDArray[np.int8]
     bits: int
     scale: NDArray[np.float32]
+    levels: NDArray[np.int8] | None = None
     packed_bits: int = 0
     storage: str = ""
+
+    @property
+    def packed_levels(self) -> NDArray[np.int8] | None:
+        """The levels that the file holds codes of; None where it holds the codes themselves, as at a wider width."""
+        return self.levels if self.packed_bits == self.bits else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

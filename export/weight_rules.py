@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+from numpy.typing import NDArray
 
 from mecdeploy.export.graph import Conv, Gemm, IntegerGraph, Weight
+from mecdeploy.export.packing import plain_range
 from mecdeploy.export.refusal import quantization_of, refuse
 
-TRAINED_BITS = (2, 3, 4, 8)
-STORAGE_BITS = {"": (0, 2, 3, 4, 8), "int8": (8,), "int4": (4,), "int2": (2,), "table": (2, 3, 4)}
+TRAINED_BITS = (1, 2, 3, 4, 8)
+STORAGE_BITS = {"": (0, 1, 2, 3, 4, 8), "int8": (8,), "int4": (4,), "int2": (2,), "table": (1, 2, 3, 4)}
 """Weight storage -> the packed widths it can hold."""
 
 
@@ -35,11 +39,11 @@ def _check_weight(node: Conv | Gemm, graph: IntegerGraph) -> None:
     if weight.codes.dtype != np.int8:
         refuse(node, f"has {weight.codes.dtype} weight codes; they must be int8")
     if weight.bits not in TRAINED_BITS:
-        refuse(node, f"has {weight.bits}-bit weights; packed export needs 2, 3, 4 or 8")
-    low, high = -(1 << (weight.bits - 1)), (1 << (weight.bits - 1)) - 1
-    smallest, largest = int(weight.codes.min()), int(weight.codes.max())
-    if smallest < low or largest > high:
-        refuse(node, f"has weight codes {smallest}..{largest}; {weight.bits} bits hold {low}..{high}")
+        refuse(node, f"has {weight.bits}-bit weights; packed export needs 1, 2, 3, 4 or 8")
+    if weight.levels is None:
+        _check_range(node, weight, weight.bits)
+    else:
+        _check_levels(node, weight, weight.levels)
     _check_storage(node, weight)
     if weight.scale.dtype != np.float32 or weight.scale.shape != (out_channels,):
         refuse(node, f"has weight scales {weight.scale.dtype} {weight.scale.shape}; float32 ({out_channels},) is due")
@@ -49,6 +53,43 @@ def _check_weight(node: Conv | Gemm, graph: IntegerGraph) -> None:
     _check_accumulator(node, graph)
 
 
+def _check_range(node: Conv | Gemm, weight: Weight, bits: int) -> None:
+    if bits == 1:
+        refuse(node, "has 1-bit weights without levels; say what the two are")
+    low, high = plain_range(bits)
+    smallest, largest = int(weight.codes.min()), int(weight.codes.max())
+    if smallest < low or largest > high:
+        refuse(node, f"has weight codes {smallest}..{largest}; {bits} bits hold {low}..{high}")
+
+
+def _check_levels(node: Conv | Gemm, weight: Weight, levels: NDArray[np.int8]) -> None:
+    if levels.dtype != np.int8 or levels.ndim not in (1, 2) or not levels.size:
+        refuse(node, f"has weight levels {levels.dtype} {levels.shape}; int8 (n,) or (n, width) is due")
+    if levels.ndim == 2:
+        _check_codebook(node, weight, levels)
+        return
+    if weight.bits > 4 or levels.size > 1 << weight.bits:
+        refuse(node, f"has {levels.size} weight levels at {weight.bits} bits; 1 to 4 bits hold 2^bits of them")
+    if (np.diff(levels.astype(np.int16)) <= 0).any():
+        refuse(node, f"has weight levels {levels.tolist()}; they must ascend")
+    others = np.setdiff1d(weight.codes, levels)
+    if others.size:
+        refuse(node, f"has the weight code {others[0]}, which is none of its levels {levels.tolist()}")
+
+
+def _check_codebook(node: Conv | Gemm, weight: Weight, vectors: NDArray[np.int8]) -> None:
+    count, width = vectors.shape
+    inputs = weight.codes[0].size
+    bits = math.ceil(math.log2(count) / width)
+    if count > 256 or bits != weight.bits:
+        refuse(node, f"has a codebook of {count} vectors of {width} at {weight.bits} bits; one byte is to hold them")
+    if inputs % width:
+        refuse(node, f"has {inputs} weights in a filter, which vectors of {width} do not divide")
+    known = {vector.tobytes() for vector in vectors}
+    if any(vector.tobytes() not in known for vector in np.unique(weight.codes.reshape(-1, width), axis=0)):
+        refuse(node, f"has weight codes that are no vectors of its codebook of {count}")
+
+
 def _check_storage(node: Conv | Gemm, weight: Weight) -> None:
     if weight.storage not in STORAGE_BITS:
         refuse(node, f"stores its weight as {weight.storage!r}; one of int8, int4, int2, table is due")
@@ -56,6 +97,10 @@ def _check_storage(node: Conv | Gemm, weight: Weight) -> None:
         refuse(node, f"packs its weight at {weight.packed_bits} bits, which {weight.storage or 'no'} storage holds")
     if 0 < weight.packed_bits < weight.bits:
         refuse(node, f"packs {weight.bits}-bit weights at {weight.packed_bits} bits, which would change them")
+    if weight.packed_levels is not None and weight.storage not in ("", "table"):
+        refuse(node, f"stores weight levels as {weight.storage}, which holds the plain range; use table")
+    if weight.packed_bits > weight.bits and weight.levels is not None:
+        _check_range(node, weight, weight.packed_bits)
 
 
 def _check_scales(node: Conv | Gemm, graph: IntegerGraph) -> None:

@@ -106,6 +106,15 @@ class Graph:
             raise fault(node, f"input {index} is not a constant of the file")
         return found.value
 
+    def own_tables(self, weight: Constant) -> int:
+        """Bytes of the tables that this weight's codes go through, whose initialiser is named for one weight alone.
+
+        A table for all weights of a grid may have one reader, too; then its name does not begin like the codes'.
+        """
+        unit = weight.source.rpartition("/")[0]
+        own = [self.constants.get(name) for name in weight.tables if unit and name.startswith(f"{unit}/")]
+        return sum(table.stored_bytes for table in own if table is not None)
+
     def dequantized(self, node: onnx.NodeProto, index: int) -> Quantized:
         """Input `index` of a node, which must be stored codes through a DequantizeLinear."""
         source = self.producers.get(node.input[index])

@@ -54,7 +54,9 @@ _RENAMED = re.compile(r"(_token_\d+|_nchwc)+$")
 class WeightStorage:
     """One unit's weights as they lie in the file.
 
-    bits: width of a weight in its storage. bits_per_weight: 8 * bytes / weights, padding included, shared tables not.
+    bytes: of the packed weights, padding included. table_bytes: of the levels or codebook that this unit alone reads
+    them through. bits: width of a weight in its storage. bits_per_weight: 8 * (bytes + table_bytes) / weights; what
+    units share is left out.
     promised_bits: what the metadata says, None when it does not name the unit.
     """
 
@@ -62,6 +64,7 @@ class WeightStorage:
     storage: str
     weights: int
     bytes: int
+    table_bytes: int
     bits: int
     bits_per_weight: float
     promised_bits: int | None
@@ -114,7 +117,7 @@ def inspect_structure(model: ModelSource | ModelFile) -> StructureReport:
     integer = _find(optimized, INTEGER_PRODUCTS, names)
     floating = _outside_islands(_find(optimized, FLOAT_PRODUCTS, names), integer, products, file.islands)
     float_nodes = [node for node in optimized.node if _is_float(node)]
-    weights = tuple(_measure(product, file.weight_bits) for product in products)
+    weights = tuple(_measure(graph, product, file.weight_bits) for product in products)
     return StructureReport(
         kernels=_count(optimized.node),
         integer_products=integer,
@@ -181,15 +184,17 @@ def _count(nodes: Iterable[onnx.NodeProto]) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in nodes).items()))
 
 
-def _measure(product: Product, promised: Mapping[str, int]) -> WeightStorage:
+def _measure(graph: Graph, product: Product, promised: Mapping[str, int]) -> WeightStorage:
     count = product.weight.size
+    tables = graph.own_tables(product.stored)
     return WeightStorage(
         unit=product.unit,
         storage=product.stored.storage,
         weights=count,
         bytes=product.stored.stored_bytes,
+        table_bytes=tables,
         bits=product.stored.bits,
-        bits_per_weight=8 * product.stored.stored_bytes / count,
+        bits_per_weight=8 * (product.stored.stored_bytes + tables) / count,
         promised_bits=promised.get(product.unit),
     )
 

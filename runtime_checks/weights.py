@@ -1,7 +1,8 @@
 """Decoding constants of the file: weights in every storage, scales, zero points, shapes.
 
 A weight reaches its DequantizeLinear as int8, as INT4 or INT2 through a Cast, or as packed codes through a table
-(Cast -> Gather -> Reshape, with a Slice where the last code is not full). onnxruntime folds those nodes when it loads
+(Cast -> Gather -> Reshape, with a Slice where the last code is not full), whose rows hold weights, or positions among
+levels of the layer's own (a second Cast -> Gather). onnxruntime folds those nodes when it loads
 the file; here they are evaluated again from the bytes.
 """
 
@@ -33,8 +34,8 @@ class Constant:
     """A value known from the file alone, and how its bytes lie there.
 
     bits: information per element as the storage allows it: 8, 4, 2, or log2(rows) / columns of a table, rounded up.
-    per_code, code_bytes: elements in one stored code, and its size. stored_bytes: of the codes, shared tables left out.
-    source: initialiser the codes come from.
+    per_code, code_bytes: elements in one stored code, and its size. stored_bytes: of the codes, tables left out.
+    source: initialiser the codes come from. tables: those that they are read through.
     """
 
     value: Array
@@ -44,6 +45,7 @@ class Constant:
     code_bytes: int
     stored_bytes: int
     source: str
+    tables: tuple[str, ...] = ()
 
 
 def unpack_signed(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int8]:
@@ -151,18 +153,15 @@ def _slice(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
 
 
 def _look_up(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
-    """Codes through a table [rows, weights per code]; the bytes that count are those of the codes."""
+    """Codes through a table [rows, weights per code], or positions through levels [n]; codes are what is stored."""
     table, codes = inputs[0].value, inputs[1]
+    if _attribute(node, "axis", 0) != 0 or codes.value.min(initial=0) < 0 or codes.value.max(initial=0) >= len(table):
+        raise ValueError(f"{codes.source!r} does not index a table of {len(table)} rows")
+    found = replace(codes, value=table[codes.value.astype(np.int64)], tables=(*codes.tables, inputs[0].source))
+    if table.ndim == 1:
+        return found
     rows, columns = table.shape
-    if _attribute(node, "axis", 0) != 0 or codes.value.min(initial=0) < 0 or codes.value.max(initial=0) >= rows:
-        raise ValueError(f"{codes.source!r} does not index a table of {rows} rows")
-    return replace(
-        codes,
-        value=table[codes.value.astype(np.int64)],
-        storage="table",
-        bits=math.ceil(math.log2(rows) / columns),
-        per_code=columns,
-    )
+    return replace(found, storage="table", bits=math.ceil(math.log2(rows) / columns), per_code=columns)
 
 
 _FOLDS = {"Constant": _constant, "Cast": _cast, "Reshape": _reshape, "Slice": _slice, "Gather": _look_up}

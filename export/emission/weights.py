@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from mecdeploy.export.emission.builder import INT8, INT32, GraphBuilder
 from mecdeploy.export.graph import Weight
-from mecdeploy.export.packing import VALUES_PER_ROW, lookup_table, pack, pack_rows
+from mecdeploy.export.packing import base_of, lookup_table, pack, pack_rows, pack_vectors, values_per_row
 
 
 def emit_weight(builder: GraphBuilder, unit: str, weight: Weight) -> str:
@@ -46,13 +48,25 @@ def _emit_int2(builder: GraphBuilder, name: str, weight: Weight) -> str:
 
 
 def _emit_table(builder: GraphBuilder, name: str, weight: Weight) -> str:
-    """Row indices -> Cast -> Gather(table) -> Reshape; a Slice drops the padding of a count that fills no last row."""
-    bits = weight.packed_bits
-    packed = builder.initializer(f"{name}/packed", pack_rows(weight.codes, bits))
-    table = builder.shared(f"table/{bits}bit", lookup_table(bits))
-    index = builder.node("Cast", [packed], f"{name}/index", to=INT32)
+    """Row indices -> Cast -> Gather(table) -> Reshape; a Slice drops the padding of a count that fills no last row.
+
+    Levels at even distances are a grid that layers share, and so is the table that holds them. Other levels are a
+    layer's own: the table's rows are positions, through which a second Gather reads them. A codebook is a table itself.
+    """
+    bits, levels = weight.packed_bits, weight.packed_levels
+    packed: NDArray[np.uint8] | NDArray[np.uint16]
+    if levels is not None and levels.ndim == 2:
+        packed, table, per_row = pack_vectors(weight.codes, levels), builder.initializer(f"{name}/vectors", levels), 1
+    else:
+        packed, per_row = pack_rows(weight.codes, bits, levels), values_per_row(bits, levels)
+        table = _shared_table(builder, bits, levels)
+    index = builder.node("Cast", [builder.initializer(f"{name}/packed", packed)], f"{name}/index", to=INT32)
     codes = builder.node("Gather", [table, index], f"{name}/rows", axis=0)
-    if weight.codes.size % VALUES_PER_ROW[bits]:
+    if _are_own(levels):
+        position = builder.node("Cast", [codes], f"{name}/position", to=INT32)
+        own = builder.initializer(f"{name}/levels", levels)
+        codes = builder.node("Gather", [own, position], f"{name}/values", axis=0)
+    if weight.codes.size % per_row:
         flat = builder.shared("shape/flat", np.array([-1], np.int64))
         codes = builder.node("Reshape", [codes, flat], f"{name}/flat")
         start = builder.shared("slice/start", np.array([0], np.int64))
@@ -60,6 +74,20 @@ def _emit_table(builder: GraphBuilder, name: str, weight: Weight) -> str:
         codes = builder.node("Slice", [codes, start, end], f"{name}/codes")
     shape = builder.initializer(f"{name}/shape", np.array(weight.codes.shape, np.int64))
     return builder.node("Reshape", [codes, shape], name)
+
+
+def _shared_table(builder: GraphBuilder, bits: int, levels: NDArray[np.int8] | None) -> str:
+    if levels is None:
+        return builder.shared(f"table/{bits}bit", lookup_table(bits))
+    if _are_own(levels):
+        base = base_of(bits, levels)
+        return builder.shared(f"table/positions/{base}", lookup_table(bits, np.arange(base, dtype=np.int8)))
+    return builder.shared(f"table/{bits}bit/{levels[0]}..{levels[-1]}/{levels.size}", lookup_table(bits, levels))
+
+
+def _are_own(levels: NDArray[np.int8] | None) -> TypeGuard[NDArray[np.int8]]:
+    """Whether levels, not of vectors, lie at uneven distances."""
+    return levels is not None and levels.ndim == 1 and np.unique(np.diff(levels.astype(np.int16))).size > 1
 
 
 STORAGES: MappingProxyType[str, Callable[[GraphBuilder, str, Weight], str]] = MappingProxyType(

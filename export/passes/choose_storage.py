@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from mecdeploy.export.config import ExportConfig
-from mecdeploy.export.graph import Conv, Gemm, IntegerGraph
+from mecdeploy.export.graph import Conv, Gemm, IntegerGraph, Weight
 
 STORAGES = MappingProxyType(
     {
@@ -18,14 +18,17 @@ STORAGES = MappingProxyType(
 
 
 def choose_storage(graph: IntegerGraph, config: ExportConfig) -> IntegerGraph:
-    """Set every weight's storage from config.target and its packed_bits."""
-    storages = STORAGES[config.target]
+    """Set every weight's storage from config.target and its packed_bits; levels are a table everywhere."""
     return replace(
         graph,
         nodes=tuple(
-            replace(node, weight=replace(node.weight, storage=storages[node.weight.packed_bits]))
+            replace(node, weight=replace(node.weight, storage=_storage(node.weight, config.target)))
             if isinstance(node, Conv | Gemm)
             else node
             for node in graph.nodes
         ),
     )
+
+
+def _storage(weight: Weight, target: str) -> str:
+    return "table" if weight.packed_levels is not None else STORAGES[target][weight.packed_bits]

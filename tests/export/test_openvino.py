@@ -14,6 +14,7 @@ import pytest
 from general_graphs import dense_graph, shuffle_graph, squeeze_excite_graph, swish_graph, token_graph
 from handmade_graphs import depthwise_graph, odd_graph, pixels_for, residual_graph
 from integer_witness import evaluate
+from level_graphs import GRIDS, on_grid
 from onnx_sessions import expose_units
 
 from mecdeploy.export import ExportConfig, export_model
@@ -61,6 +62,16 @@ def test_every_unit_computes_the_witness_integers(name: str, weight_bits: int) -
             np.testing.assert_array_equal(found, expected[value], err_msg=value)
 
 
+@pytest.mark.parametrize("grid", ["binary", "ternary", "odd, 3 bits", "learned, 2 bits", "codebook"])
+def test_weights_on_levels_compute_the_witness_integers(grid: str) -> None:
+    graph = on_grid(depthwise_graph(4), GRIDS[grid])
+    pixels = pixels_for(graph, 4)
+    expected = evaluate(graph, pixels)
+    for value, found in run(expose_units(export_model(graph, PORTABLE, {})), pixels).items():
+        if value != "logits":
+            np.testing.assert_array_equal(found, expected[value], err_msg=value)
+
+
 @pytest.mark.parametrize(("name", "output"), [("residual", "block1.add/skip"), ("depthwise", "add/act")])
 def test_a_fused_residual_sum_is_one_rounding_away(name: str, output: str) -> None:
     """With only the sum observed, OpenVINO adds to the convolution's result before rounding it: one rounding, not two.
@@ -81,9 +92,13 @@ def test_a_fused_residual_sum_is_one_rounding_away(name: str, output: str) -> No
     assert np.abs(found.astype(int) - expected).max() <= int(0.5 * left.scale / total.scale) + 1
 
 
-@pytest.mark.parametrize("weight_bits", [2, 3, 4])
-def test_convolutions_run_as_int8(weight_bits: int) -> None:
-    graph = depthwise_graph(weight_bits)
+PLAIN = {f"{bits} bits": depthwise_graph(bits) for bits in (2, 3, 4)}
+WEIGHTS = {**PLAIN, **{name: on_grid(depthwise_graph(4), grid) for name, grid in GRIDS.items()}}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_convolutions_run_as_int8(weights: str) -> None:
+    graph = WEIGHTS[weights]
     info = [op.get_rt_info() for op in compiled(export_model(graph, PORTABLE, {})).get_runtime_model().get_ops()]
     precisions = [
         (str(entry["layerType"].astype(str)), str(entry["runtimePrecision"].astype(str)))

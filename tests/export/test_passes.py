@@ -198,7 +198,7 @@ def test_the_runner_refuses_a_broken_graph_before_any_pass() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "export.bits is 5; choose one of 2, 3, 4, 8."),
+        ({"bits": 5}, "export.bits is 5; choose one of 1, 2, 3, 4, 8."),
         ({"target": "tensorrt"}, "export.target is 'tensorrt'; choose one of onnxruntime, portable."),
         ({"input": "int8"}, "export.input is 'int8'; choose one of uint8, float."),
     ],

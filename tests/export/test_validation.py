@@ -99,7 +99,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "kernel too large": (node("block1.conv1", dilation=(9, 1)), "a window of 19 does not fit the padded input of 8"),
     "codes type": (weight("stem", codes=lambda codes: codes.astype(np.int16)), "Conv stem: has int16 weight codes"),
     "codes rank": (weight("stem", codes=lambda codes: codes[0]), "Conv stem: weight codes have shape (3, 3, 3)"),
-    "bits": (weight("stem", bits=9), "Conv stem: has 9-bit weights; packed export needs 2, 3, 4 or 8"),
+    "bits": (weight("stem", bits=9), "Conv stem: has 9-bit weights; packed export needs 1, 2, 3, 4 or 8"),
     "codes range": (
         weight("block1.conv1", codes=with_element(5, 8)),
         "Conv block1.conv1: has weight codes -8..8; 4 bits hold -8..7",
