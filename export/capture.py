@@ -175,7 +175,13 @@ def _weighted(name: str, unit: WeightedUnit, reads: tuple[str, ...], values: _Va
     for what, tensor in (("weights", codes), ("weight scales", scale), ("bias", bias)):
         if not bool(torch.isfinite(tensor).all()):
             raise ExportError(f"{name}: its {what} are not finite; train again with a lower learning rate.")
-    weight = Weight(codes=_array(codes, np.int8), bits=unit.weight_quantizer.bits, scale=_array(scale, np.float32))
+    levels = unit.weight_quantizer.levels
+    weight = Weight(
+        codes=_array(codes, np.int8),
+        bits=unit.weight_quantizer.bits,
+        scale=_array(scale, np.float32),
+        levels=None if levels is None else _array(levels, np.int8),
+    )
     integers = np.rint(_array(bias, np.float64)).astype(np.int32)
     output, geometry = unit.output_names[0], unit.geometry
     if geometry is None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mecdeploy.training.config import TrainConfig
 
 CHECK_FAILED, REFUSED, PEER_LOST, INTERRUPTED = 1, 2, 3, 130
-_BITS = "[2|3|4|8]"
+_BITS = "[1|2|3|4|8]"
 _PATH = click.Path(path_type=Path)
 
 

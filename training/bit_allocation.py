@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.errors import TrainingError
 
-WEIGHTS_PER_WORD = {2: (4, 1), 3: (5, 2), 4: (2, 1), 8: (1, 1)}
+WEIGHTS_PER_WORD = {1: (8, 1), 2: (4, 1), 3: (5, 2), 4: (2, 1), 8: (1, 1)}
 """bits -> (weights, bytes) of one packed word; the last word of a layer is filled up."""
 
 TABLE_BYTES_3BIT = 32768 * 5

@@ -14,6 +14,9 @@ from mecdeploy.training.methods import RULES
 from mecdeploy.training.names import are_published
 
 BIT_WIDTHS = (2, 3, 4, 8)
+LAYER_WIDTHS = (1, *BIT_WIDTHS)
+WEIGHT_GRIDS = ("uniform", "midrise", "ternary")
+TWO_BIT_GRIDS = ("ternary",)
 ZERO_POINTS = ("fixed", "learned")
 METHODS = (*RULES, "fp32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -116,6 +119,9 @@ class ModelConfig:
 class QuantConfig:
     """Bit widths of every unit.
 
+    weight_bits, act_bits: of the inner layers. At 1 bit weights are -1 and 1, and what a layer reads is 0 or 1; values
+    of both signs keep 2 bits.
+    weight_grid: what the weights of every layer below 8 bits can be (docs/weight-grids.md).
     first_last_bits: weights of the first and last layer, and the input of the last.
     skip_bits: whatever other kernels than layers read: the residual stream (both inputs of an Add and the sum that the
     next Add reads), what is pooled, multiplied or goes through a sigmoid.
@@ -132,14 +138,23 @@ class QuantConfig:
     first_last_bits: int = 8
     skip_bits: int = 8
     zero_point: str = "fixed"
+    weight_grid: str = "uniform"
     float_layers: tuple[str, ...] = ()
     damping: float = 0.0
     freezing: float = 0.0
     overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key in ("weight_bits", "act_bits", "first_last_bits", "skip_bits"):
+        for key in ("weight_bits", "act_bits"):
+            _require_choice(f"quant.{key}", getattr(self, key), LAYER_WIDTHS)
+        for key in ("first_last_bits", "skip_bits"):
             _require_choice(f"quant.{key}", getattr(self, key), BIT_WIDTHS)
+        _require_choice("quant.weight_grid", self.weight_grid, WEIGHT_GRIDS)
+        if self.weight_grid in TWO_BIT_GRIDS and self.weight_bits != 2:
+            raise TrainingError(
+                f"quant.weight_grid is {self.weight_grid}, which has 2 bits, and quant.weight_bits {self.weight_bits}; "
+                "set quant.weight_bits = 2."
+            )
         _require_choice("quant.zero_point", self.zero_point, ZERO_POINTS)
         object.__setattr__(self, "float_layers", tuple(self.float_layers))
         _require_at_least("quant.damping", self.damping, 0.0)
@@ -153,7 +168,7 @@ class QuantConfig:
                     raise TrainingError(
                         f"quant.overrides.{pattern!r} has the key {key!r}; use weight_bits or act_bits."
                     )
-                _require_choice(f"quant.overrides.{pattern!r}.{key}", bits, BIT_WIDTHS)
+                _require_choice(f"quant.overrides.{pattern!r}.{key}", bits, LAYER_WIDTHS)
         # A copy, and plain dicts: a read-only view could be neither pickled nor deep-copied, as a model is with it.
         own = {pattern: dict(widths) for pattern, widths in self.overrides.items()}
         object.__setattr__(self, "overrides", own)

@@ -37,7 +37,7 @@ from mecdeploy.training.units import (
     Unit,
     WeightedUnit,
 )
-from mecdeploy.training.weight_quantizers import make_weight_quantizer
+from mecdeploy.training.weight_grids import choose_weight_quantizer
 from mecdeploy.training.widths import Widths, assign_widths, role_of
 
 
@@ -68,7 +68,8 @@ def prepare(model: nn.Module, config: QuantConfig, spec: InputSpec, method: str 
     }
     for unit in units.values():  # builders know widths, not methods
         if isinstance(unit, WeightedUnit):
-            unit.weight_quantizer = make_weight_quantizer(unit.weight_quantizer.bits, len(unit.weight), rules.weights)
+            bits = unit.weight_quantizer.bits
+            unit.weight_quantizer = choose_weight_quantizer(unit.weight, bits, config.weight_grid, rules.weights)
     program = [Step(plan.name, _values_read(plan, plans, widths)) for plan in plans.by_name.values()]
     return QuantizedModel(program, units, spec, config)
 

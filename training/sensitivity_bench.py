@@ -28,7 +28,8 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.units import WeightedUnit
-from mecdeploy.training.weight_quantizers import AnyWeightQuantizer, make_weight_quantizer
+from mecdeploy.training.weight_grids import choose_weight_quantizer
+from mecdeploy.training.weight_quantizers import AnyWeightQuantizer
 
 WIDEST = max(BIT_WIDTHS)
 NARROWER = tuple(bits for bits in BIT_WIDTHS if bits != WIDEST)
@@ -156,9 +157,18 @@ def weighted_units(model: QuantizedModel) -> dict[str, WeightedUnit]:
 
 
 def all_at(quant: QuantConfig, bits: int) -> QuantConfig:
-    """The settings with layers, and what they read, at one width, everything else at the widest, and no overrides."""
+    """The settings with layers, and what they read, at one width, everything else at the widest, and no overrides.
+
+    Weights are on the uniform grid, the one that has every width.
+    """
     return dataclasses.replace(
-        quant, weight_bits=bits, act_bits=bits, first_last_bits=bits, skip_bits=WIDEST, overrides={}
+        quant,
+        weight_bits=bits,
+        act_bits=bits,
+        first_last_bits=bits,
+        skip_bits=WIDEST,
+        weight_grid="uniform",
+        overrides={},
     )
 
 
@@ -271,7 +281,7 @@ class Bench:
 
 def _quantizer(unit: WeightedUnit, bits: int) -> AnyWeightQuantizer:
     """Another quantiser for the unit's weight, its steps yet to be found."""
-    return make_weight_quantizer(bits, unit.weight.shape[0]).to(unit.weight.device)
+    return choose_weight_quantizer(unit.weight, bits, "uniform").to(unit.weight.device)
 
 
 def _standard_error(values: Tensor) -> float:

@@ -27,7 +27,8 @@ def assign_widths(plans: Plans, config: QuantConfig) -> Widths:
     First and last layers, and what they read: first_last_bits. What other layers read: act_bits. What other kernels
     read (an Add, a pool, a product, a BatchNorm of its own): skip_bits. Only an Add is quantised more than once (two
     integer kernels compute one sum); any other value has one quantisation, the widest that a reader asks for, and
-    values that a concat joins have one together. Raises TrainingError where an override matches no unit.
+    values that a concat joins have one together. One bit holds one sign: values of both have 2 at least. Raises
+    TrainingError where an override matches no unit.
     """
     _check_patterns(plans, config)
     policy = _Policy(plans, config)
@@ -39,6 +40,8 @@ def assign_widths(plans: Plans, config: QuantConfig) -> Widths:
         if len(members) > 1:
             widest = max(bits for member in members for bits in outputs[member].values())
             outputs[name] = dict.fromkeys(outputs[name], widest)
+        if any(plans.signed(member) for member in members):
+            outputs[name] = {role: max(2, bits) for role, bits in outputs[name].items()}
     return Widths(weights=weights, outputs=outputs)
 
 

@@ -95,7 +95,7 @@ def test_refusals_name_key_value_and_next_step(settings: dict[str, object], mess
 
 
 def test_a_value_out_of_range_is_the_stages_refusal() -> None:
-    with pytest.raises(TrainingError, match="quant.weight_bits is 5; choose one of 2, 3, 4, 8."):
+    with pytest.raises(TrainingError, match="quant.weight_bits is 5; choose one of 1, 2, 3, 4, 8."):
         resolve({"quant": {"weight_bits": 5}})
 
 

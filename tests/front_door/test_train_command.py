@@ -53,8 +53,8 @@ def test_the_default_folder_names_the_run(call: Call, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--weight-bits", "5"], "quant.weight_bits is 5; choose one of 2, 3, 4, 8"),
-        (["--act-bits", "1"], "quant.act_bits is 1"),
+        (["--weight-bits", "5"], "quant.weight_bits is 5; choose one of 1, 2, 3, 4, 8"),
+        (["--act-bits", "0"], "quant.act_bits is 0"),
         (["--method", "lqs"], "method is 'lqs'"),
         (["--epochs", "many"], "'many' is not a valid integer"),
         (["--epochs", "-1"], "schedule.epochs is -1"),

@@ -130,6 +130,37 @@ def test_values_that_a_concat_joins_at_widths_of_their_own(tmp_path: Path) -> No
     assert {2, 4, 8} <= {*report.packed_bits.values(), 4}
 
 
+GRIDS = [
+    ("midrise", 1, "SE, sigmoid", "onnxruntime"),
+    ("midrise", 2, "shuffled", "portable"),
+    ("midrise", 3, "dense", "onnxruntime"),
+    ("midrise", 4, "SE, sigmoid", "portable"),
+    ("ternary", 2, "shuffled", "onnxruntime"),
+    ("ternary", 2, "SE, sigmoid", "portable"),
+]
+
+
+@pytest.mark.parametrize(("grid", "bits", "name", "target"), GRIDS)
+def test_every_weight_grid(grid: str, bits: int, name: str, target: str, tmp_path: Path) -> None:
+    model = trained(name, QuantConfig(weight_bits=bits, act_bits=4, weight_grid=grid))
+    report = checked(model, target, tmp_path / "model.onnx")
+    assert_exact(report, name)
+    assert set(report.packed_bits.values()) == {bits, 8}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "portable"])
+def test_one_bit_of_weights_and_of_activations(target: str, tmp_path: Path) -> None:
+    model = trained("SE, sigmoid", QuantConfig(weight_bits=1, act_bits=1))
+    assert {output.bits for unit in model.units().values() for output in unit.outputs} == {
+        1,
+        2,
+        8,
+    }  # the excitation's input to the sigmoid
+    report = checked(model, target, tmp_path / "model.onnx")
+    assert_exact(report, "SE, sigmoid")
+    assert set(report.packed_bits.values()) == {1, 8}
+
+
 def test_every_pair_of_widths_is_met() -> None:
     assert {(w, a) for _, w, a in CASES} == set(product(WIDTHS, WIDTHS))
     for name in KERNEL_NETS:

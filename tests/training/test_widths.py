@@ -201,3 +201,13 @@ class Joined(nn.Module):
         joined = torch.cat([F.relu(self.a(x)), self.b(x)], 1)
         logits: Tensor = self.fc(F.relu(self.c(joined)).mean((2, 3)))
         return logits
+
+
+def test_one_bit_holds_one_sign() -> None:
+    """conv3 and the sum behind conv4 have both signs; what a ReLU gives a layer has one."""
+    found = assign_widths(residual_plans(), QuantConfig(weight_bits=1, act_bits=1))
+    assert found.weights["conv2"] == 1 and found.weights["conv1"] == 8
+    assert found.outputs["conv2"] == {"act": 1}
+    linear = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(4)), nn.Flatten(), nn.Linear(3 * 64, 4))
+    signed = widths(QuantConfig(act_bits=1, overrides={"1": {"act_bits": 1}}), linear)
+    assert {signed.outputs[name]["act"] for name in ("0", "1", "2")} == {2}
