@@ -12,7 +12,7 @@ from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.movement import DropoutUnit
 from mecdeploy.training.quantizers import SMALLEST_STEP, ActivationQuantizer
 from mecdeploy.training.units import WeightedUnit
-from mecdeploy.training.weight_grids import MidriseWeightQuantizer
+from mecdeploy.training.weight_grids import MidriseWeightQuantizer, TableWeightQuantizer
 from mecdeploy.training.weight_quantizers import WeightQuantizer, three_sigma_steps
 
 CANDIDATES = 64
@@ -73,7 +73,7 @@ def set_weight_steps(unit: WeightedUnit) -> None:
     quantizer, weight = unit.weight_quantizer, unit.weight.flatten(1)
     if not isinstance(quantizer, WeightQuantizer):
         return
-    if isinstance(quantizer, MidriseWeightQuantizer):
+    if isinstance(quantizer, MidriseWeightQuantizer | TableWeightQuantizer):
         quantizer.fit(unit.weight)
     elif quantizer.three_sigma:
         quantizer.step.copy_(three_sigma_steps(weight, quantizer.bits))

@@ -15,8 +15,10 @@ from mecdeploy.training.names import are_published
 
 BIT_WIDTHS = (2, 3, 4, 8)
 LAYER_WIDTHS = (1, *BIT_WIDTHS)
-WEIGHT_GRIDS = ("uniform", "midrise", "ternary")
-TWO_BIT_GRIDS = ("ternary",)
+WEIGHT_GRIDS = ("uniform", "midrise", "ternary", "levels", "codebook")
+TWO_BIT_GRIDS = ("ternary", "codebook")
+TABLE_GRIDS = ("levels", "codebook")
+"""Those whose table is learned."""
 ZERO_POINTS = ("fixed", "learned")
 METHODS = (*RULES, "fp32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -172,6 +174,11 @@ class QuantConfig:
         # A copy, and plain dicts: a read-only view could be neither pickled nor deep-copied, as a model is with it.
         own = {pattern: dict(widths) for pattern, widths in self.overrides.items()}
         object.__setattr__(self, "overrides", own)
+
+    @property
+    def all_weight_bits(self) -> set[int]:
+        """Every width that weights of inner layers may have."""
+        return {self.weight_bits, *(each["weight_bits"] for each in self.overrides.values() if "weight_bits" in each)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,6 +371,7 @@ class TrainConfig:
             self._require_teaching()
         self._require_widths_to_fall()
         self._require_learned_weight_steps()
+        self._require_grid()
         if self.schedule.compile and self.quant.zero_point == "learned":
             raise TrainingError(
                 "schedule.compile is true and quant.zero_point learned (method lsq+ has it so); a compiled graph "
@@ -383,6 +391,32 @@ class TrainConfig:
                     f"{key} is {value}, which needs weights with step sizes, and method {self.method} has DoReFa's; "
                     "leave it out, or choose mec, lsq or lsq+."
                 )
+
+    def _require_grid(self) -> None:
+        """What works with the plain range alone, or with fixed grids."""
+        quant, schedule = self.quant, self.schedule
+        has_levels = quant.weight_grid != "uniform" or 1 in quant.all_weight_bits
+        shown = f"quant.weight_grid is {quant.weight_grid} and quant.weight_bits {quant.weight_bits}"
+        if schedule.compile and quant.weight_grid in TABLE_GRIDS:
+            raise TrainingError(
+                f"schedule.compile is true and quant.weight_grid {quant.weight_grid}; nothing compares the gradients of "
+                "compiled table look-ups. Set one of them to its default (false, uniform)."
+            )
+        if has_levels and schedule.progressive:
+            raise TrainingError(
+                f"{shown}, and schedule.progressive is {list(schedule.progressive)}; wider forms of that grid are no "
+                "int8. Leave schedule.progressive out, or train on the uniform grid."
+            )
+        if has_levels and quant.freezing:
+            raise TrainingError(
+                f"{shown}, and quant.freezing is {quant.freezing}; the running mean that it rounds need not be near a "
+                "level of that grid. Set quant.freezing = 0, or train on the uniform grid."
+            )
+        if has_levels and self.method in RULES and RULES[self.method].weights == "dorefa":
+            raise TrainingError(
+                f"{shown}, and method is {self.method}, whose weights have a grid of their own. Set quant.weight_grid = "
+                '"uniform" and at least 2 bits, or choose another method.'
+            )
 
     def _require_widths_to_fall(self) -> None:
         quant, widths = self.quant, self.schedule.progressive

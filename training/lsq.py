@@ -16,7 +16,7 @@ from mecdeploy.training.composed import composing, straight_through
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
@@ -119,7 +119,7 @@ def round_through(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
+def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
     """X itself; its gradient times factor."""
     scaled: Tensor = _ScaleGradient.apply(x, factor)
     return scaled

@@ -146,6 +146,17 @@ class Reused(nn.Module):
         return F.relu(self.reflect(z))
 
 
+class Wide(nn.Module):
+    """Filters that divide into fours, with groups enough for codebooks, and a depthwise layer between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise, self.last = _conv(8, 24), _conv(24, 24, groups=24), _conv(24, 40, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(F.relu(self.depthwise(F.relu(self.first(x))))))
+
+
 KERNEL_NETS: dict[str, Callable[[], nn.Module]] = {
     "SE, sigmoid": lambda: Net(Excited(nn.Sigmoid(), nn.SiLU()), 8),
     "SE, hard sigmoid": lambda: Net(Excited(nn.Hardsigmoid(), nn.Hardswish()), 8),
@@ -155,5 +166,6 @@ KERNEL_NETS: dict[str, Callable[[], nn.Module]] = {
     "squeezed": Squeezed,
     "transformer": Transformer,
     "reused": lambda: Net(Reused(), 8),
+    "wide": lambda: Net(Wide(), 40),
 }
 """Name -> network."""

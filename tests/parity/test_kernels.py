@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mecdeploy import QuantConfig
 from mecdeploy.export import ExportConfig, export_model, lower
+from mecdeploy.export.graph import Conv, Gemm
 from mecdeploy.reference import TorchReference
 from mecdeploy.runtime_checks import ParityReport, check_model
 from mecdeploy.training.calibration import calibrate
@@ -137,12 +138,20 @@ GRIDS = [
     ("midrise", 4, "SE, sigmoid", "portable"),
     ("ternary", 2, "shuffled", "onnxruntime"),
     ("ternary", 2, "SE, sigmoid", "portable"),
+    ("levels", 1, "shuffled", "portable"),
+    ("levels", 2, "SE, sigmoid", "onnxruntime"),
+    ("levels", 3, "shuffled", "onnxruntime"),
+    ("levels", 4, "dense", "portable"),
+    ("codebook", 2, "wide", "onnxruntime"),
+    ("codebook", 2, "wide", "portable"),
 ]
 
 
 @pytest.mark.parametrize(("grid", "bits", "name", "target"), GRIDS)
 def test_every_weight_grid(grid: str, bits: int, name: str, target: str, tmp_path: Path) -> None:
     model = trained(name, QuantConfig(weight_bits=bits, act_bits=4, weight_grid=grid))
+    weights = [node.weight for node in lower(model).nodes if isinstance(node, Conv | Gemm)]
+    assert sum(weight.levels is not None for weight in weights) >= 2
     report = checked(model, target, tmp_path / "model.onnx")
     assert_exact(report, name)
     assert set(report.packed_bits.values()) == {bits, 8}

@@ -180,7 +180,10 @@ def test_calibration_sets_the_steps_that_lose_least(grid: str, bits: int) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_grid": "odd"}, "quant.weight_grid is 'odd'; choose one of uniform, midrise, ternary"),
+        (
+            {"weight_grid": "odd"},
+            "quant.weight_grid is 'odd'; choose one of uniform, midrise, ternary, levels, codebook",
+        ),
         (
             {"weight_grid": "ternary"},
             "quant.weight_grid is ternary, which has 2 bits, and quant.weight_bits 4; set quant",
