@@ -399,8 +399,8 @@ class TrainConfig:
         shown = f"quant.weight_grid is {quant.weight_grid} and quant.weight_bits {quant.weight_bits}"
         if schedule.compile and quant.weight_grid in TABLE_GRIDS:
             raise TrainingError(
-                f"schedule.compile is true and quant.weight_grid {quant.weight_grid}; nothing compares the gradients of "
-                "compiled table look-ups. Set one of them to its default (false, uniform)."
+                f"schedule.compile is true and quant.weight_grid {quant.weight_grid}; nothing compares the gradients "
+                "of compiled table look-ups. Set one of them to its default (false, uniform)."
             )
         if has_levels and schedule.progressive:
             raise TrainingError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mecdeploy.training.composed import composing, straight_through
 from mecdeploy.training.lsq import inner, zero_outside
 from mecdeploy.training.quantizers import SMALLEST_STEP
 
@@ -43,6 +44,9 @@ def quantize_odd(x: Tensor, step: Tensor, bits: int) -> Tensor:
     they give code - x/step inside, at most 1, and the outermost code outside. The reach ends where rounding becomes
     clipping, one step beyond the outermost level, because at few bits half of all weights may lie beyond that level.
     """
+    if composing():
+        ratio, edge = x / step, 1 << bits
+        return straight_through(ratio, -edge, edge, _odd(ratio.detach(), bits))
     codes: Tensor = _QuantizeOdd.apply(x, step, bits)
     return codes
 

@@ -216,10 +216,11 @@ def _weight_uses(network: QuantizedModel) -> Iterator[CodeUse]:
         if isinstance(unit, WeightedUnit):
             quantizer = unit.weight_quantizer
             codes = quantizer(unit.weight)[0].flatten()
-            if isinstance(quantizer, WeightQuantizer):
+            levels = quantizer.levels
+            if isinstance(quantizer, WeightQuantizer) and levels is None:
                 levels = torch.arange(quantizer.lower, quantizer.upper + 1)
-            else:
-                levels = quantizer.levels
+            assert levels is not None
+            levels = levels.unique()  # of a codebook, single entries
             places = torch.searchsorted(levels.to(codes), codes)
             counts = torch.bincount(places, minlength=len(levels))
             yield code_use(name, quantizer.bits, counts.cpu())

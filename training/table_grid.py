@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mecdeploy.training.composed import composing, straight_through
 from mecdeploy.training.quantizers import SMALLEST_STEP
 
 LARGEST_CODE = 127
@@ -46,6 +47,10 @@ def look_up(x: Tensor, step: Tensor, table: Tensor) -> Tensor:
     the table's entries, 0 outside. d codes/d table is 1 between a row and whatever became it, so that with real = codes
     * step a row's gradient is the sum of its members', each times its step.
     """
+    if composing():
+        ratio = x / step
+        index = nearest(ratio.detach().reshape(-1, table.shape[1]), table.detach())
+        return straight_through(ratio, table.amin(), table.amax(), table[index].reshape(x.shape))
     codes: Tensor = _LookUp.apply(x, step, table)
     return codes
 
