@@ -64,7 +64,7 @@ def straight_through(ratio: Tensor, lower: int | Tensor, upper: int | Tensor, co
     """
     fixed = ratio.detach()
     if codes is None:
-        codes = torch.round(fixed).clamp_(lower, upper)
+        codes = torch.clamp(torch.round(fixed), lower, upper)  # type: ignore[arg-type]
     inside = (fixed > lower) & (fixed < upper)
     return codes + (ratio - fixed) * inside
 

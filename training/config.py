@@ -414,8 +414,8 @@ class TrainConfig:
             )
         if has_levels and self.method in RULES and RULES[self.method].weights == "dorefa":
             raise TrainingError(
-                f"{shown}, and method is {self.method}, whose weights have a grid of their own. Set quant.weight_grid = "
-                '"uniform" and at least 2 bits, or choose another method.'
+                f"{shown}, and method is {self.method}, whose weights have a grid of their own. Set quant.weight_grid "
+                'to "uniform" and at least 2 bits, or choose another method.'
             )
 
     def _require_widths_to_fall(self) -> None:

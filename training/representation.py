@@ -220,7 +220,7 @@ def _weight_uses(network: QuantizedModel) -> Iterator[CodeUse]:
             if isinstance(quantizer, WeightQuantizer) and levels is None:
                 levels = torch.arange(quantizer.lower, quantizer.upper + 1)
             assert levels is not None
-            levels = levels.unique()  # of a codebook, single entries
+            levels = torch.unique(levels)  # of a codebook, single entries
             places = torch.searchsorted(levels.to(codes), codes)
             counts = torch.bincount(places, minlength=len(levels))
             yield code_use(name, quantizer.bits, counts.cpu())
