@@ -16,7 +16,7 @@ from mecdeploy.study.plan import RUNS, Cell, plan
 from mecdeploy.study.report import StudyReport, rows
 from mecdeploy.study.results import RESULTS, Record, read_records, record, write_records
 from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all, run_command
-from mecdeploy.study.testing import TEST, require_test_images
+from mecdeploy.study.testing import TEST, dataset_of, require_test_images
 from mecdeploy.training.config import DataConfig
 from mecdeploy.training.events import ACCURACY
 from mecdeploy.training.launch import launched
@@ -65,17 +65,18 @@ def open_study(config: str | Path, out: str | Path) -> tuple[Study, tuple[Cell, 
     return study, cells
 
 
-def training_images(cells: Sequence[Cell]) -> list[int]:
-    """How many images each run trains on, those it validates on not among them; loads each data set."""
-    from mecdeploy.training.data import load_dataset
+def training_images(cells: Sequence[Cell]) -> list[int | None]:
+    """How many images each run trains on, those it validates on not among them; loads each data set.
 
+    None for images whose classes are those of a start that is still to be trained.
+    """
     known: list[tuple[DataConfig, int]] = []
-    images = []
+    images: list[int | None] = []
     for cell in cells:
         data = cell.config.data
         found = next((count for seen, count in known if seen == data), None)
-        if found is None:
-            found = len(load_dataset(data, seed=cell.config.seed).train)
+        if found is None and not (cell.start and data.labels == "none"):
+            found = len(dataset_of(cell.config).train)
             known.append((data, found))
         images.append(found)
     return images

@@ -12,7 +12,7 @@ from typing import Any
 
 from mecdeploy.config import Settings, build, flatten, read_settings, resolve
 from mecdeploy.errors import UserError
-from mecdeploy.training.config import BIT_WIDTHS
+from mecdeploy.training.config import LAYER_WIDTHS
 from mecdeploy.training.errors import TrainingError
 
 START = "start"
@@ -101,8 +101,8 @@ def widths(bits: str) -> tuple[int, int]:
     """Weight and activation bits of "W2A4". Raises UserError for anything else."""
     match = _BITS.fullmatch(bits)
     found = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not set(found) <= set(BIT_WIDTHS):
-        listed = ", ".join(map(str, BIT_WIDTHS))
+    if not set(found) <= set(LAYER_WIDTHS):
+        listed = ", ".join(map(str, LAYER_WIDTHS))
         raise UserError(f"study.bits holds {bits!r}; write weights and activations as W2A4, each one of {listed}.")
     return found
 

@@ -65,12 +65,17 @@ def explanation(report: StudyReport) -> str:
     return text
 
 
-def planned(cells: Sequence[Cell], images: Sequence[int]) -> Table:
-    """What a study is going to run. images: training images of each run."""
+def planned(cells: Sequence[Cell], images: Sequence[int | None]) -> Table:
+    """What a study is going to run. images: training images of each run, None where they are not known yet."""
     head = ["run", "starts from", "epochs", "images an epoch"]
     lines = [
-        [cell.name, cell.start or cell.config.weights or "random", f"{cell.epochs}", f"{count:,}"]
-        for cell, count in zip(cells, images, strict=True)
+        [
+            cell.name,
+            cell.start or cell.config.weights or "random",
+            f"{cell.epochs}",
+            "?" if count is None else f"{count:,}",
+        ]
+        for cell, count in zip(cells, counts, strict=True)
     ]
     return _rich(head, lines, words=2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mecdeploy.errors import UserError
 from mecdeploy.run_folder import RunFolder
@@ -12,19 +12,32 @@ from mecdeploy.study.plan import RUNS, Cell
 from mecdeploy.study.results import AXES, RESULTS, read_records, write_records
 from mecdeploy.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from mecdeploy.training.data import ImageDataset
+
 TEST = "test.jsonl"
 
 
-def require_test_images(cells: Sequence[Cell]) -> None:
-    """Refuse, before anything is trained, data that have no test part with labels. Loads each data set once."""
+def dataset_of(config: TrainConfig) -> ImageDataset:
+    """The images of a run; without labels, its classes are those of its teacher."""
     from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.teacher_classes import classes_of_weights
+
+    return load_dataset(config.data, seed=config.seed, classes=lambda shape: classes_of_weights(config, shape))
+
+
+def require_test_images(cells: Sequence[Cell]) -> None:
+    """Refuse, before anything is trained, data that have no test part with labels. Loads each data set once.
+
+    One whose classes are those of a start that is still to be trained is looked at when it is read.
+    """
     from mecdeploy.training.data.source import UNKNOWN
 
     seen = []
     for cell in cells:
-        if cell.config.data not in seen:
+        if cell.config.data not in seen and not (cell.start and cell.config.data.labels == "none"):
             seen.append(cell.config.data)
-            test = load_dataset(cell.config.data, seed=cell.config.seed).test
+            test = dataset_of(cell.config).test
             if test is None or bool((test.labels == UNKNOWN).any()):
                 lacks = "test part" if test is None else "labels for its test part"
                 raise UserError(
@@ -48,14 +61,13 @@ def write_test_accuracies(out: Path) -> None:
 
 def _test_accuracy(run: Path, config: TrainConfig) -> tuple[float, int]:
     """Share of the test images that the run gets right, 0..1, in deployed arithmetic; and how many they are."""
-    from mecdeploy.training.data import load_dataset
     from mecdeploy.training.device import choose_device, place, reproducible
     from mecdeploy.training.evaluate import evaluate
     from mecdeploy.training.run import load_run
     from mecdeploy.training.sensitivity import load_float_network
     from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
 
-    test = load_dataset(config.data, seed=config.seed).test
+    test = dataset_of(config).test
     if test is None:
         raise UserError(f"{config.data.name} has no test part any more; {run} cannot be tested.")
     device = choose_device(config.device)

@@ -89,7 +89,7 @@ def test_a_method_may_say_otherwise_than_the_start(tmp_path: Path) -> None:
         ("seeds =", "seed =", "study.toml: unknown key 'study.seed'; did you mean 'study.seeds'?"),
         ("[3, 5]", "[3, 3]", "study.seeds is [3, 3]; list at least one, and none twice."),
         ("[3, 5]", "3", "study.seeds is 3; it must be a list."),
-        ('"W2A4"', '"W2"', "study.bits holds 'W2'; write weights and activations as W2A4, each one of 2, 3, 4, 8."),
+        ('"W2A4"', '"W2"', "study.bits holds 'W2'; write weights and activations as W2A4, each one of 1, 2, 3, 4, 8."),
         ('"W2A4"', '"W5A4"', "study.bits holds 'W5A4'"),
         ('baseline = "lsq"', 'baseline = "lqs"', "study.baseline is 'lqs', which is none of the methods; did you mean"),
         ("mec.beta", "mec.betta", "study.toml: methods.warm: unknown key 'mec.betta'; did you mean 'mec.beta'?"),
