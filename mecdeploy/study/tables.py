@@ -68,13 +68,9 @@ def explanation(report: StudyReport) -> str:
 def planned(cells: Sequence[Cell], images: Sequence[int | None]) -> Table:
     """What a study is going to run. images: training images of each run, None where they are not known yet."""
     head = ["run", "starts from", "epochs", "images an epoch"]
+    counts = ["?" if count is None else f"{count:,}" for count in images]
     lines = [
-        [
-            cell.name,
-            cell.start or cell.config.weights or "random",
-            f"{cell.epochs}",
-            "?" if count is None else f"{count:,}",
-        ]
+        [cell.name, cell.start or cell.config.weights or "random", f"{cell.epochs}", count]
         for cell, count in zip(cells, counts, strict=True)
     ]
     return _rich(head, lines, words=2)
