@@ -56,7 +56,7 @@ def composing() -> bool:
     return _active
 
 
-def straight_through(ratio: Tensor, lower: int | Tensor, upper: int | Tensor, codes: Tensor | None = None) -> Tensor:
+def straight_through(ratio: Tensor, lower: int, upper: int, codes: Tensor | None = None) -> Tensor:
     """clamp(round(ratio), lower, upper), or given codes; d codes / d ratio is 1 where lower < ratio < upper, else 0.
 
     The codes are exact: what is added to them is ratio - ratio, which is 0.
@@ -64,7 +64,7 @@ def straight_through(ratio: Tensor, lower: int | Tensor, upper: int | Tensor, co
     """
     fixed = ratio.detach()
     if codes is None:
-        codes = torch.clamp(torch.round(fixed), lower, upper)  # type: ignore[arg-type]
+        codes = torch.round(fixed).clamp_(lower, upper)
     inside = (fixed > lower) & (fixed < upper)
     return codes + (ratio - fixed) * inside
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mecdeploy.training.composed import composing, straight_through
+from mecdeploy.training.composed import composing
 from mecdeploy.training.quantizers import SMALLEST_STEP
 
 LARGEST_CODE = 127
@@ -49,8 +49,10 @@ def look_up(x: Tensor, step: Tensor, table: Tensor) -> Tensor:
     """
     if composing():
         ratio = x / step
-        index = nearest(ratio.detach().reshape(-1, table.shape[1]), table.detach())
-        return straight_through(ratio, table.amin(), table.amax(), table[index].reshape(x.shape))
+        fixed, entries = ratio.detach(), table.detach()
+        inside = (fixed > entries.amin()) & (fixed < entries.amax())
+        index = nearest(fixed.reshape(-1, table.shape[1]), entries)
+        return table[index].reshape(x.shape) + (ratio - fixed) * inside
     codes: Tensor = _LookUp.apply(x, step, table)
     return codes
 

@@ -111,14 +111,14 @@ class TableWeightQuantizer(WeightQuantizer):
 
         The step's gradient has LSQ's factor. The table's, our own: an entry gets the sum of its members' gradients, n
         of them on average, and has the unit of a weight only after multiplication with the reach LARGEST_CODE * step.
-        With the factor n^(-1/2) / reach^2 an update moves entry * reach by the sum of the members' gradients over
-        n^(1/2), as far as LSQ moves a step size.
+        With the factor 1 / (n reach^2) an update moves entry * reach by the mean of the members' gradients, as far as
+        it moves them. (With LSQ's n^(-1/2) a level that all its members pull at overshoots once BatchNorm is frozen.)
         """
         factor = (weight[0].numel() * ((1 << (self.bits - 1)) - 1 or 1)) ** -0.5
         step = clamp_scaling_gradient(self.step, SMALLEST_STEP, float("inf"), factor) / self.codes_per_step
         members = weight.numel() / self.width / self.rows
         reach = LARGEST_CODE * step.detach().mean()
-        table = self._entries(members**-0.5 / reach.square())
+        table = self._entries(1.0 / (members * reach.square()))
         return look_up(weight, step.view(-1, *[1] * (weight.dim() - 1)), table), step
 
     def _entries(self, factor: float | Tensor = 1.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_run import assert_same_run, interrupt_at, is_stage, tiny_config, tiny_
 from torch import Tensor
 
 from mecdeploy.training.calibration import calibrate, search_steps
+from mecdeploy.training.composed import twice_differentiable
 from mecdeploy.training.config import QuantConfig, ScheduleConfig, TrainConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import TrainingInterrupted
@@ -78,6 +80,20 @@ def test_the_gradient_of_a_table_is_a_finite_difference(rows: int, width: int) -
             assert torch.equal(nearest((weight / step).reshape(-1, width), moved), index)
             change = ((look_up(weight, step, moved) - look_up(weight, step, table)) * step * upstream).sum() / 1e-6
             assert abs(float(change) - float(leaf.grad[row, place])) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_the_twice_differentiable_form_has_the_same_codes_and_gradients(rows: int, width: int) -> None:
+    *given, upstream = case(rows, width)
+    found = []
+    for context in (nullcontext(), twice_differentiable()):
+        leaves = [tensor.clone().requires_grad_() for tensor in given]
+        with context:
+            codes = look_up(*leaves)
+            (codes * leaves[1] * upstream).sum().backward()
+        found.append([codes.detach(), *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)  # float64 sums in another order
 
 
 def test_nearest_takes_the_first_of_equal_ones_and_works_in_parts() -> None:
@@ -167,7 +183,7 @@ def test_what_trains_is_what_runs(bits: int, grid: str) -> None:
 
 
 def test_an_update_moves_levels_as_far_as_their_members_gradients_say() -> None:
-    """The root of n members' gradients, in units of the reach: by hand for one channel and two levels."""
+    """The mean of n members' gradients, in units of the reach: by hand for one channel and two levels."""
     weight = torch.tensor([[0.9, 1.1, -0.8, -1.2, 1.0, -1.0]])
     quantizer = TableWeightQuantizer(1, 1, rows=2, width=1)
     with torch.no_grad():
@@ -178,7 +194,7 @@ def test_an_update_moves_levels_as_far_as_their_members_gradients_say() -> None:
     (codes * step.view(-1, 1) * upstream).sum().backward()
     assert quantizer.table.grad is not None
     # levels -1 and 1 at a reach of 1: three members each
-    np.testing.assert_allclose(quantizer.table.grad, np.array([13.0, 8.0]) / np.sqrt(3), rtol=1e-6)
+    np.testing.assert_allclose(quantizer.table.grad, np.array([13.0, 8.0]) / 3, rtol=1e-6)
 
 
 def test_tables_do_not_decay() -> None:

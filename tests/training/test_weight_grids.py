@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from tiny_run import FINAL, assert_same_run, interrupt_at, is_stage, tiny_config
 from torch import Tensor
 
 from mecdeploy.training.calibration import calibrate, set_weight_steps
-from mecdeploy.training.config import QuantConfig, TrainConfig
+from mecdeploy.training.composed import twice_differentiable
+from mecdeploy.training.config import QuantConfig, ScheduleConfig, TrainConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import TrainingInterrupted
 from mecdeploy.training.loop import train
@@ -65,6 +68,22 @@ def test_odd_codes_and_their_gradients(bits: int, step: float) -> None:
     np.testing.assert_allclose(x.grad, [u * row[1] for u, row in zip(upstream.tolist(), rows, strict=True)], rtol=1e-15)
     expected = sum(u * row[2] for u, row in zip(upstream.tolist(), rows, strict=True))
     assert abs(float(s.grad) - expected) < 1e-9  # float64 sums of 60 numbers below 1000, in another order
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_twice_differentiable_form_has_the_same_codes_and_gradients(bits: int) -> None:
+    found = []
+    for context in (nullcontext(), twice_differentiable()):
+        x = torch.tensor(odd_cases(bits), dtype=torch.float64, requires_grad=True)
+        s = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        with context:
+            codes = quantize_odd(x, s, bits)
+            (codes * s).square().sum().backward()
+        found.append((codes.tolist(), x.grad, s.grad))
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert one is not None and other is not None
+        np.testing.assert_allclose(one, other, rtol=1e-12)  # float64 sums in another order
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -196,6 +215,16 @@ def test_calibration_sets_the_steps_that_lose_least(grid: str, bits: int) -> Non
 def test_what_no_grid_is_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         QuantConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quant", [{"weight_grid": "midrise", "weight_bits": 2}, {"weight_bits": 1}])
+def test_what_needs_the_plain_range_is_refused(quant: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=r"schedule.progressive is \[8\]; wider forms of that grid are no int8"):
+        TrainConfig(quant=QuantConfig(**quant), schedule=ScheduleConfig(progressive=(8,)))
+    with pytest.raises(TrainingError, match=r"and quant.freezing is 0.05; the running mean that it rounds"):
+        TrainConfig(quant=QuantConfig(**quant, freezing=0.05))
+    with pytest.raises(TrainingError, match=r"and method is dorefa, whose weights have a grid of their own"):
+        TrainConfig(quant=QuantConfig(**quant), method="dorefa")
 
 
 def test_an_older_run_has_the_uniform_grid() -> None:
