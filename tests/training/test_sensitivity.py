@@ -238,3 +238,12 @@ def test_a_network_that_diverged_is_refused() -> None:
     nn.init.constant_(fc.bias, float("nan"))
     with pytest.raises(TrainingError, match="cross entropy is nan on its own training images"):
         study(network, SPEC, source(), config(), images=8, device=CPU)
+
+
+@pytest.mark.parametrize("quant", [{"weight_bits": 1, "act_bits": 1}, {"weight_bits": 2, "weight_grid": "codebook"}])
+def test_a_run_on_another_grid_is_measured_on_the_uniform_one(quant: dict[str, Any]) -> None:
+    """Its own widths are measured too, 1 bit as signs."""
+    found = study(tiny_residual().eval(), SPEC, source(), config(**quant), device=CPU)
+    (own,) = [network for network in found.networks if network.name == OWN]
+    assert set(own.bits.values()) == {quant["weight_bits"], 8}
+    assert found.layers == studied().layers
