@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mecdeploy.errors import UserError
-from mecdeploy.training.config import TrainConfig
+from mecdeploy.training.config import RENAMED, TrainConfig
 from mecdeploy.training.names import may_change, user_file
 
 Settings = dict[str, Any]
@@ -112,11 +112,10 @@ def build(section: type[Any], settings: Mapping[str, Any], path: tuple[str, ...]
     path: names of the tables that lead to this one. blame: what every message begins with.
     """
     types = get_type_hints(section)
-    known = [field.name for field in fields(section)]
     values = {}
     for key, value in settings.items():
-        if key not in known:
-            raise UserError(f"{blame}unknown key {_dotted(path, key)!r}{_did_you_mean(key, path, known)}")
+        if key not in types:
+            raise UserError(f"{blame}unknown key {_dotted((*path, key))!r}{_did_you_mean(key, path, section)}")
         values[key] = _convert(types[key], value, (*path, key), blame)
     return section(**values)
 
@@ -147,24 +146,26 @@ def _convert(expected: Any, value: Any, path: tuple[str, ...], blame: str) -> An
     raise UserError(f"{blame}{key} is {value!r}; it must be {wanted}.")
 
 
-def _dotted(path: tuple[str, ...], key: str | None = None) -> str:
-    return ".".join(path if key is None else (*path, key))
+def _dotted(path: tuple[str, ...]) -> str:
+    return ".".join(path)
 
 
-_RENAMED = {"init": "weights"}
-
-
-def _did_you_mean(key: str, path: tuple[str, ...], known: Sequence[str]) -> str:
-    """The likeliest key: spelt alike in the same section, whose keys are `known`, or spelt so in another one."""
-    if not path and key in _RENAMED:
-        return f"; did you mean {_RENAMED[key]!r}?"
-    sections = ["data", "model", "quant", "mec", "distill", "schedule"]
-    for match in get_close_matches(key, known, n=1, cutoff=0.7):
-        return f"; did you mean {_dotted(path, match)!r}?"
-    every = [name for name, _ in flatten(TrainConfig().describe())] + sections
-    here = {name.removeprefix(_dotted((*path, ""))): name for name in every if name.startswith(_dotted(path))}
-    elsewhere = {name.rsplit(".", 1)[-1]: name for name in every}
+def _did_you_mean(key: str, path: tuple[str, ...], section: type[Any]) -> str:
+    """The likeliest key: spelt alike in the same section or below it, or spelt so in another one of a run."""
+    if not path and key in RENAMED:
+        return f"; did you mean {RENAMED[key]!r}?"
+    here = {_dotted(below): _dotted((*path, *below)) for below in _keys(section)}
+    elsewhere = {below[-1]: _dotted(below) for below in _keys(TrainConfig)}
     for candidates in (here, elsewhere):
         for match in get_close_matches(key, candidates, n=1, cutoff=0.7):
             return f"; did you mean {candidates[match]!r}?"
     return "; docs/cli.md lists the keys."
+
+
+def _keys(section: type[Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key of a section, and of every key of the sections below it."""
+    types = get_type_hints(section)
+    for field in fields(section):
+        yield (*path, field.name)
+        if is_dataclass(below := types[field.name]) and isinstance(below, type):
+            yield from _keys(below, (*path, field.name))

@@ -6,7 +6,7 @@ Imports no torch, so that the command line can read and refuse a config before i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from mecdeploy.training.errors import TrainingError
@@ -29,7 +29,8 @@ STEMS = ("auto", "small", "standard")
 BATCH_NORMS = ("synchronized", "local")
 VALIDATIONS = ("given", "carved")
 LABELS = ("given", "none")
-_RENAMED = {"init": "weights"}  # keys of older checkpoints
+RENAMED = {"init": "weights"}
+"""Keys of older configs and checkpoints -> what they are now."""
 
 
 def _require_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
@@ -475,10 +476,11 @@ class TrainConfig:
 
         Raises TypeError for a key of no version, TrainingError for a value out of range.
         """
-        sections: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "quant": QuantConfig, "mec": MecConfig}
-        built = {_RENAMED.get(key, key): value for key, value in described.items()}
-        for key, make in {**sections, "distill": DistillConfig, "schedule": ScheduleConfig}.items():
-            built[key] = make(**built.get(key, {}))
+        built = {RENAMED.get(key, key): value for key, value in described.items()}
+        for section in fields(cls):
+            make: Any = section.default_factory
+            if make is not MISSING:
+                built[section.name] = make(**built.get(section.name, {}))
         return cls(**built)
 
 
