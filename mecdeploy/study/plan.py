@@ -88,7 +88,7 @@ def _start(study: Study, regime: str, seed: int, starts: list[Cell]) -> Cell | N
 def _comparison(study: Study, regime: str, seed: int, weights: str, start: str) -> Iterator[Cell]:
     """Every method at every width, of one regime and seed."""
     from_start: Settings = {"weights": weights, "schedule": {"fp_epochs": 0}} if weights else {}
-    below = (study.base, study.regimes.get(regime, {}), from_start)
+    below = (study.base, from_start, study.regimes.get(regime, {}))
     for bits in study.axes.bits:
         for method, settings in study.methods.items():
             full_precision = reduce(merge, (*below, settings))["method"] == "fp32"

@@ -144,3 +144,11 @@ def test_test_images_need_a_carved_validation(tmp_path: Path) -> None:
     text = STUDY.replace("[base]", '[base]\ndata.validation = "carved"').replace("[study]", "[study]\ntest = true")
     text = text.replace("schedule.epochs = 4", "schedule.epochs = 4\nschedule.fp_epochs = 0")
     assert all(cell.config.data.validation == "carved" for cell in cells(tmp_path, text).values())
+
+
+def test_a_regime_may_train_from_scratch(tmp_path: Path) -> None:
+    regimes = '[regimes.started]\n[regimes.scratch]\nweights = ""\n'
+    found = cells(tmp_path, STUDY + START + regimes)
+    started, scratch = found["started-lsq-w2a4-seed3"], found["scratch-lsq-w2a4-seed3"]
+    assert (started.start, Path(started.config.weights).name) == ("started-start-seed9", "checkpoint-final.safetensors")
+    assert (scratch.start, scratch.config.weights, scratch.config.schedule.fp_epochs) == ("", "", 0)
