@@ -11,6 +11,7 @@
     distillation.py  the full-precision network as the teacher of the quantised one
     data/            images in memory or streamed;  models/: the networks a config can name
     loop.py          the stages of a run;  checkpoint.py: what survives it;  config.py: what it can be told
+    config_values.py, config_sections.py, config_schedule.py, config_rules.py: its choices, sections and combinations
     seeding.py       one seed, derived for every step: nothing random has a state to lose
 
 Names below load on first use, so that reading a config costs no torch.
