@@ -30,7 +30,7 @@ def describe_environment(*, seed: int, threads: int, device: str = "cpu") -> dic
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "mecdeploy": mecdeploy.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "seed": seed,
     }
 
@@ -65,7 +65,7 @@ def _device_name(device: str) -> str:
     return str(torch.cuda.get_device_name())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Short hash of the checkout that was measured; None outside one."""
     try:
         found = subprocess.run(

@@ -16,12 +16,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import design_tables, loader_tables, step_tables, zoo_tables
+from benchmarks import design_tables, loader_tables, step_tables, study_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("docs/benchmarks.md", "docs/data.md", "docs/decisions.md", "docs/models.md", "README.md")
+DOCUMENTS = (
+    "docs/benchmarks.md",
+    "docs/data.md",
+    "docs/decisions.md",
+    "docs/method-study.md",
+    "docs/models.md",
+    "README.md",
+)
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- table:")
 
@@ -39,6 +46,8 @@ LARGEST_FILE = {"w4a4": 6.3, "w2a2": 3.5}
 LONGEST_EXPORT, LARGEST_EXPORT = 3.0, 3.0
 LONGEST_RESNET50_EXPORT, LONGEST_INTERPRETER = 5.0, 20.0
 SLOWEST_TO_STATIC, SLOWEST_TO_FLOAT = 1.05, 0.33
+OBJECTIVE = "coding objective"
+"""Its part in the shares of a training step."""
 
 
 def load(name: str) -> Result:
@@ -164,6 +173,19 @@ def gains_of_mec(result: Result) -> dict[str, float]:
     return {width: runs[f"mec-{width}"]["accuracy_torch"] - runs[f"lsq-{width}"]["accuracy_torch"] for width in widths}
 
 
+def method_targets(result: Result) -> str:
+    """The study's targets; the share of a step was measured by itself."""
+    return study_tables.targets(result, load("train_step")["shares_of_a_mec_step"][OBJECTIVE]["median"])
+
+
+def study_table(name: str) -> dict[str, tuple[str, Callable[[Result], str]]]:
+    """Those of one result of benchmarks.studies."""
+    found: dict[str, tuple[str, Callable[[Result], str]]] = {name: (name, study_tables.study)}
+    if load(name)["measured"]:
+        found[f"{name}-measures"] = (name, study_tables.measures)
+    return found
+
+
 def label(model: str) -> str:
     """A model's name as people write it."""
     return MODELS.get(model, model.upper())
@@ -188,7 +210,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),
     "step-guard": ("step_guard", design_tables.step_guard),
+    "method-targets": ("study-cifar10-few", method_targets),
 }
+for _path in sorted(RESULTS.glob("study-*.json")):
+    TABLES |= study_table(_path.stem)
 
 
 def fill(text: str, write: Callable[[str], str]) -> str:
