@@ -30,10 +30,11 @@ if not (Path(__file__).parent / "training").is_dir():
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mecdeploy.api import ExportReport, SensitivityReport, check, export, sensitivity, train
+    from mecdeploy.api import ExportReport, check, export, train
     from mecdeploy.config import read_config
     from mecdeploy.measures import HessianReport, RepresentationReport, hessian, representation
     from mecdeploy.prediction import Prediction, predict
+    from mecdeploy.sensitivity_study import SensitivityReport, sensitivity
     from mecdeploy.study.compare import compare
     from mecdeploy.study.report import StudyReport
     from mecdeploy.training.calibration import calibrate
@@ -51,10 +52,11 @@ if TYPE_CHECKING:
     from mecdeploy.training.preparation import prepare
 
 _HOMES = {
-    "mecdeploy.api": ("ExportReport", "SensitivityReport", "check", "sensitivity", "train"),
+    "mecdeploy.api": ("ExportReport", "check", "train"),
     "mecdeploy.config": ("read_config",),
     "mecdeploy.measures": ("HessianReport", "RepresentationReport", "hessian", "representation"),
     "mecdeploy.prediction": ("Prediction", "predict"),
+    "mecdeploy.sensitivity_study": ("SensitivityReport", "sensitivity"),
     "mecdeploy.study.compare": ("compare",),
     "mecdeploy.study.report": ("StudyReport",),
     "mecdeploy.training.config": (

@@ -21,7 +21,7 @@ from mecdeploy import __version__
 from mecdeploy.compare_command import compare
 from mecdeploy.errors import UserError
 from mecdeploy.failures import explain, lost_peer, tell_torchrun
-from mecdeploy.measure_commands import hessian, representation
+from mecdeploy.measure_commands import hessian, representation, sensitivity
 from mecdeploy.training.launch import launched
 
 if TYPE_CHECKING:
@@ -95,36 +95,11 @@ def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any
         say_what_is_executed(config.model.name)
         from mecdeploy import api, progress, tables
 
-        with _interruptible(folder), progress.training_progress(_console(sys.stderr)) as report:
+        with _interruptible(folder), progress.training_progress(console_on(sys.stderr)) as report:
             result = api.train(config, folder, resume=resume, report=report)
-    _console(sys.stdout).print(tables.training(result, config.method))
+    console_on(sys.stdout).print(tables.training(result, config.method))
     if config.method != "fp32":
         click.echo(f"Next: mecdeploy export {folder}")
-
-
-@cli.command(short_help="Measure which layers need their bits; propose widths for a size.")
-@click.argument("run", type=_PATH)
-@click.option(
-    "--size", metavar="SIZE", help="Of the packed weights: 40000, 1.2MB, 70% of 8 bits. Default: the run's own."
-)
-@click.option("--images", type=click.IntRange(min=2), default=1024, show_default=True, help="How many to measure on.")
-@click.option("--activations", is_flag=True, help="Measure the activations, too.")
-@click.option("--device", default="auto", show_default=True, metavar="[auto|cpu|cuda]", help="Where to measure.")
-@click.option("--out", type=_PATH, metavar="FILE.toml", help="Settings with the widths. Default: RUN/sensitivity.toml.")
-def sensitivity(run: Path, size: str | None, images: int, activations: bool, device: str, out: Path | None) -> None:
-    """Measure what each layer of RUN loses at fewer bits, and propose weight bits per layer for a size."""
-    from mecdeploy import api, progress, tables
-
-    say_what_is_executed(_network_of(run))
-    with progress.checking_progress(_console(sys.stderr)) as report_progress:
-        report = api.sensitivity(
-            run, size=size, images=images, activations=activations, out=out, device=device, progress=report_progress
-        )
-    further = [tables.activation_sensitivity(report.study)] if report.study.activations else []
-    for table in (tables.sensitivity(report.study), *further, tables.mixed_precision(report.study)):
-        _console(sys.stdout).print(table, "")
-    click.echo(f"Everything measured: {report.measurements}")
-    click.echo(f"Next: mecdeploy train --config {report.settings} --out {run}-mixed")
 
 
 @cli.command(short_help="Write a finished run as one ONNX file.")
@@ -141,9 +116,9 @@ def export(run: Path, bits: int | None, out: Path | None, target: str, input: st
     """Write the finished RUN as one ONNX file with packed low-bit weights."""
     from mecdeploy import api, tables
 
-    say_what_is_executed(_network_of(run))
+    say_what_is_executed(network_of(run))
     report = api.export(run, out=out, bits=bits, target=target, input=input)
-    _console(sys.stdout).print(tables.export(report))
+    console_on(sys.stdout).print(tables.export(report))
     click.echo(f"Next: mecdeploy check {run}" + ("" if out is None else f" {out}"))
 
 
@@ -154,10 +129,10 @@ def check(run: Path, model: Path | None) -> None:
     """Prove that onnxruntime computes from MODEL (default: RUN/model.onnx) the integers that RUN trained."""
     from mecdeploy import api, progress, tables
 
-    say_what_is_executed(_network_of(run))
-    with progress.checking_progress(_console(sys.stderr)) as report_progress:
+    say_what_is_executed(network_of(run))
+    with progress.checking_progress(console_on(sys.stderr)) as report_progress:
         report = api.check(run, model, progress=report_progress)
-    _console(sys.stdout).print(tables.parity(report))
+    console_on(sys.stdout).print(tables.parity(report))
     if not report.passed:
         for failure in report.failures:
             click.echo(f"Failed: {failure}", err=True)
@@ -194,12 +169,12 @@ def demo(out: Path | None) -> None:
     from mecdeploy import progress, tables
     from mecdeploy.demo import run_demo
 
-    errors = _console(sys.stderr)
+    errors = console_on(sys.stderr)
     with _interruptible(out):
         result = run_demo(
             out, progress=lambda: progress.training_progress(errors), say=lambda line: click.echo(line, err=True)
         )
-    _console(sys.stdout).print(tables.demo(result))
+    console_on(sys.stdout).print(tables.demo(result))
     if not result.parity.passed:
         for failure in result.parity.failures:
             click.echo(f"Failed: {failure}", err=True)
@@ -207,6 +182,7 @@ def demo(out: Path | None) -> None:
 
 
 cli.add_command(compare)
+cli.add_command(sensitivity)
 cli.add_command(representation)
 cli.add_command(hessian)
 
@@ -308,7 +284,7 @@ def _resolve(
     return config, out, resume or (restarted and (out / CONFIG).is_file())
 
 
-def _network_of(run: Path) -> str:
+def network_of(run: Path) -> str:
     """model.name in the run's own run.toml; empty where there is no run."""
     from mecdeploy.run_folder import CONFIG, RunFolder
 
@@ -324,7 +300,8 @@ def say_what_is_executed(model: str) -> None:
         click.echo(f"Executing {named[0].absolute()} (model.name is {model})", err=True)
 
 
-def _console(stream: Any) -> Console:
+def console_on(stream: Any) -> Console:
+    """Where tables and progress go: rich's console on a stream."""
     from rich.console import Console
 
     return Console(file=stream)

@@ -13,6 +13,32 @@ _DEVICE = click.option(
 )
 
 
+@click.command(short_help="Measure which layers need their bits; propose widths for a size.")
+@click.argument("run", type=_PATH)
+@click.option(
+    "--size", metavar="SIZE", help="Of the packed weights: 40000, 1.2MB, 70% of 8 bits. Default: the run's own."
+)
+@click.option("--images", type=click.IntRange(min=2), default=1024, show_default=True, help="How many to measure on.")
+@click.option("--activations", is_flag=True, help="Measure the activations, too.")
+@_DEVICE
+@click.option("--out", type=_PATH, metavar="FILE.toml", help="Settings with the widths. Default: RUN/sensitivity.toml.")
+def sensitivity(run: Path, size: str | None, images: int, activations: bool, device: str, out: Path | None) -> None:
+    """Measure what each layer of RUN loses at fewer bits, and propose weight bits per layer for a size."""
+    from mecdeploy import progress, sensitivity_study, tables
+    from mecdeploy.cli import console_on, network_of, say_what_is_executed
+
+    say_what_is_executed(network_of(run))
+    with progress.checking_progress(console_on(sys.stderr)) as report_progress:
+        report = sensitivity_study.sensitivity(
+            run, size=size, images=images, activations=activations, out=out, device=device, progress=report_progress
+        )
+    further = [tables.activation_sensitivity(report.study)] if report.study.activations else []
+    for table in (tables.sensitivity(report.study), *further, tables.mixed_precision(report.study)):
+        console_on(sys.stdout).print(table, "")
+    click.echo(f"Everything measured: {report.measurements}")
+    click.echo(f"Next: mecdeploy train --config {report.settings} --out {run}-mixed")
+
+
 @click.command(short_help="Measure how a run uses its codes and spreads its features.")
 @click.argument("run", type=_PATH)
 @click.option("--images", type=click.IntRange(min=2), help="How many to measure on. Default: 1024, or all if fewer.")
@@ -23,12 +49,12 @@ _DEVICE = click.option(
 def representation(run: Path, images: int | None, part: str, device: str) -> None:
     """Measure how the finished RUN uses its codes (entropy, levels, ends) and spreads its features (rank, classes)."""
     from mecdeploy import measure_tables, measures, progress
-    from mecdeploy.cli import _console, _network_of, say_what_is_executed
+    from mecdeploy.cli import console_on, network_of, say_what_is_executed
 
-    say_what_is_executed(_network_of(run))
-    with progress.checking_progress(_console(sys.stderr)) as tell:
+    say_what_is_executed(network_of(run))
+    with progress.checking_progress(console_on(sys.stderr)) as tell:
         report = measures.representation(run, images=images, part=part, device=device, progress=tell)
-    console = _console(sys.stdout)
+    console = console_on(sys.stdout)
     for kind, uses in (("output", report.activations), ("weights of", report.weights)):
         if uses:
             console.print(measure_tables.codes(kind, uses), "")
@@ -48,12 +74,12 @@ def representation(run: Path, images: int | None, part: str, device: str) -> Non
 def hessian(run: Path, images: int | None, probes: int, iterations: int, seed: int, device: str) -> None:
     """Measure the top eigenvalue and the trace of the loss's Hessian in the weights of the finished RUN."""
     from mecdeploy import measure_tables, measures, progress
-    from mecdeploy.cli import _console, _network_of, say_what_is_executed
+    from mecdeploy.cli import console_on, network_of, say_what_is_executed
 
-    say_what_is_executed(_network_of(run))
-    with progress.checking_progress(_console(sys.stderr)) as tell:
+    say_what_is_executed(network_of(run))
+    with progress.checking_progress(console_on(sys.stderr)) as tell:
         report = measures.hessian(
             run, images=images, probes=probes, iterations=iterations, seed=seed, device=device, progress=tell
         )
-    _console(sys.stdout).print(measure_tables.hessian(report), "")
+    console_on(sys.stdout).print(measure_tables.hessian(report), "")
     click.echo(f"Everything measured: {run / measures.HESSIAN}")
