@@ -135,7 +135,7 @@ def test_a_killed_study_goes_on_to_the_same_results(
     shutil.copy(other / "settings" / f"{RUNS[1]}.json", out / "settings")
     monkeypatch.chdir(place)
     # In this process, which has loaded torch.
-    monkeypatch.setattr(compare, "run_test", lambda out, **how: write_test_accuracies(out))
+    monkeypatch.setattr(compare, "run_command", lambda out, command, **how: write_test_accuracies(out))
     report = mecdeploy.compare("study.toml", "killed")
     assert report.failures == {}
     for name in ("test.jsonl", "table.md", plots.ACCURACY, plots.CURVES):
@@ -149,7 +149,7 @@ def test_a_finished_study_is_told_again_from_its_runs(
 ) -> None:
     out, _ = whole
     monkeypatch.chdir(place)
-    monkeypatch.setattr(compare, "run_test", lambda *arguments, **how: pytest.fail("read again"))
+    monkeypatch.setattr(compare, "run_command", lambda *arguments, **how: pytest.fail("read again"))
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     (out / "results.jsonl").unlink()
     outcome = call("compare", "--config", "study.toml")
@@ -209,7 +209,7 @@ def test_data_without_test_images_are_refused_before_anything_runs(
 
     whole_data = data.load_dataset
     monkeypatch.setattr(
-        data, "load_dataset", lambda config, *, seed: dataclasses.replace(whole_data(config, seed=seed), test=None)
+        data, "load_dataset", lambda config, **how: dataclasses.replace(whole_data(config, **how), test=None)
     )
     monkeypatch.chdir(place)
     assert "digits has no test part" in call("compare", "--config", "study.toml", "--out", "untestable").error

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mecdeploy.config import merge, read_config, read_settings, resolve, run_name, to_toml
@@ -45,6 +45,7 @@ CONFIGS = st.builds(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine draws slowly, and is right to
 @given(CONFIGS)
 def test_every_config_survives_toml(config: TrainConfig) -> None:
     assert resolve(tomllib.loads(to_toml(config))) == config
