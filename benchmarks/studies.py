@@ -26,7 +26,9 @@ def collect(study: Path) -> dict[str, Any]:
     """The result, JSON-able. Raises SystemExit for a study that has not finished."""
     summary = json.loads((study / "summary.json").read_text())
     if summary["failures"] or summary["finished"] < summary["runs"] or summary["untested"]:
-        sys.exit(f"{study}: {summary['finished']} of {summary['runs']} runs are finished and tested; run compare again.")
+        sys.exit(
+            f"{study}: {summary['finished']} of {summary['runs']} runs are finished and tested; run compare again."
+        )
     records = _lines(study / "results.jsonl")
     tests = {test["name"]: test for test in _lines(study / "test.jsonl")}
     measures = {found["name"]: found["values"] for found in _lines(study / "measures.jsonl")}
