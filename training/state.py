@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mecdeploy.training.averaging import STATISTICS_BATCHES, WeightAverage, estimate_statistics
+from mecdeploy.training.averaging import WeightAverage, estimate_statistics
 from mecdeploy.training.calibration import calibrate
 from mecdeploy.training.checkpoint import Checkpoint, Position
 from mecdeploy.training.coded_layers import coded_layers
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
-from mecdeploy.training.device import channels_last, place
+from mecdeploy.training.device import place
 from mecdeploy.training.distillation import Teacher
+from mecdeploy.training.drawn_batches import calibration_batches, statistics_batches
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import ACCURACY, AGREEMENT
 from mecdeploy.training.initial import fill, load_tensors, read_weights
 from mecdeploy.training.input_spec import InputSpec
 from mecdeploy.training.model import QuantizedModel
 from mecdeploy.training.models import build_model
-from mecdeploy.training.names import are_published, may_change
+from mecdeploy.training.names import are_published
 from mecdeploy.training.optimizers import GuardedSGD, build_optimizer, momentum_tensors, restore_momentum
 from mecdeploy.training.oscillation import WeightFreezer, low_bit_layers
 from mecdeploy.training.preparation import prepare
 from mecdeploy.training.progressive import FallingWidths
 from mecdeploy.training.published import published_weights
+from mecdeploy.training.resuming import differences, require_same_run
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
 from mecdeploy.training.world import ALONE, World
@@ -144,7 +145,7 @@ class State:
         model = self._prepared()
         self._widths(model).apply(0)
         torch.manual_seed(derive_seed(self.config.seed, "calibrate"))  # dropout draws here, too
-        calibrate(model, self._calibration_batches())
+        calibrate(model, calibration_batches(self.config, self.dataset, self.device))
         self._begin_quantized(model)
         self.position = Position.of("qat", 0, 0)
         self._begin_average(model)
@@ -153,7 +154,7 @@ class State:
         """Go on with the widths of another phase of schedule.progressive; an average begins anew."""
         assert self.model is not None
         torch.manual_seed(derive_seed(self.config.seed, "calibrate", phase))
-        for parameter in self.widths.enter(phase, self._calibration_batches()):
+        for parameter in self.widths.enter(phase, calibration_batches(self.config, self.dataset, self.device)):
             self.optimizer.state.pop(parameter, None)
         self.phase = phase
         self._begin_average(self.model)
@@ -167,7 +168,7 @@ class State:
         if self.average is not None:
             self.average.put_in()
             self.average = None
-            estimate_statistics(self.model, self._statistics_batches())
+            estimate_statistics(self.model, statistics_batches(self.config, self.dataset, self.device))
             self.optimizer = self._quantized_optimizer(self.model)
         self.model.freeze()
         self.position = Position.of("deploy", 0, 0)
@@ -210,7 +211,7 @@ class State:
         Raises TrainingError when config or data are not those of the checkpoint.
         """
         header = checkpoint.header
-        self._require_same_run(header, path)
+        require_same_run(self.config, self.dataset, self.spec, header, path)
         load_tensors(self.float_model, checkpoint.section("float"))
         self.spec = InputSpec(**header["input"])  # of weights that may be gone by now
         self._begin_float()
@@ -231,14 +232,7 @@ class State:
         restore_momentum(self.optimizer, self.task.network, checkpoint.section("momentum"))
         self.tally = Tally(**header["tally"])
         self.history, self.accuracy_fp32 = header["history"], header["accuracy_fp32"]
-        then = {"processes": 1, **header}  # older checkpoints do not say
-        now = {"torch": torch.__version__, "device": self.device.type, "processes": self.world.size}
-        return [
-            f"{path.name} was written with {key} {then[key]}, this is {key} {value}: "
-            "the result may differ in the last bits from an uninterrupted run."
-            for key, value in now.items()
-            if then[key] != value
-        ]
+        return differences(header, self.device, self.world, path.name)
 
     def _begin_float(self) -> None:
         schedule = self.config.schedule
@@ -280,54 +274,10 @@ class State:
         if decay > 0 and self.position.stage == "qat":
             self.average = WeightAverage(model, decay)
 
-    def _statistics_batches(self) -> Iterator[Tensor]:
-        """The same for every process, and whole, so that all come to the same statistics."""
-        batches = self.dataset.train.batches(
-            self.config.schedule.batch_size,
-            device=self.device,
-            seed=derive_seed(self.config.seed, "statistics"),
-            augment=self.config.data.augment,
-            drop_last=True,
-        )
-        return (channels_last(batch.images[0], self.device) for batch in islice(batches, STATISTICS_BATCHES))
-
     def _prepared(self) -> QuantizedModel:
         model = place(prepare(self.float_model, self.config.quant, self.spec, self.config.method), self.device)
         assert isinstance(model, QuantizedModel)
         return model
-
-    def _calibration_batches(self) -> list[Tensor]:
-        schedule = self.config.schedule
-        left, batches = schedule.calibration_images, []
-        seed = derive_seed(self.config.seed, "calibrate")
-        for batch in self.dataset.train.batches(schedule.batch_size, device=self.device, seed=seed, drop_last=True):
-            batches.append(batch.images[0][:left])
-            left -= len(batches[-1])
-            if left < 2:  # BatchNorm has no variance over a single image of one pixel
-                break
-        return batches
-
-    def _require_same_run(self, header: Mapping[str, Any], path: Path) -> None:
-        saved = _flat(TrainConfig.from_description(header["config"]).describe())
-        for key, value in _flat(self.config.describe()).items():
-            if saved.get(key) != value and not may_change(key, saved.get(key), value):
-                raise TrainingError(
-                    f"{key} is {value!r}, but {path} was trained with {saved.get(key)!r}. "
-                    f"Resume with the old value, or start another run from this one with weights."
-                )
-        spec = InputSpec(**header["input"])
-        if self.config.weights:  # they may bring their own normalisation
-            spec = replace(self.spec, channels=spec.channels, height=spec.height, width=spec.width)
-        data = {
-            "class_names": (list(self.dataset.class_names), header["class_names"]),
-            "train_images": (len(self.dataset.train), header["train_images"]),
-            "input": (self.spec, spec),
-        }
-        for key, (now, then) in data.items():
-            if now != then:
-                raise TrainingError(
-                    f"the data has changed: {key} is {now}, {path} was trained with {then}. Start a new run."
-                )
 
 
 def _normalization(config: TrainConfig, dataset: ImageDataset) -> InputSpec:
@@ -349,13 +299,3 @@ def _normalization(config: TrainConfig, dataset: ImageDataset) -> InputSpec:
     return InputSpec.from_channels(
         height=dataset.height, width=dataset.width, mean=[255 * m for m in mean], std=[255 * s for s in std]
     )
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and prefix != "quant.":
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
