@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mecdeploy.training.checkpoint import FINAL, Checkpoint, Position, write_checkpoint
 from mecdeploy.training.data import Batch, step_count
@@ -17,9 +17,7 @@ from mecdeploy.training.errors import PeerFailed, TrainingError
 from mecdeploy.training.evaluate import evaluate
 from mecdeploy.training.events import (
     ACCURACY,
-    EpochEvent,
     Event,
-    StageEvent,
     StepEvent,
     TrainingInterrupted,
     WarningEvent,
@@ -31,6 +29,7 @@ from mecdeploy.training.progressive import phase_at
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Stage, plan_stages
+from mecdeploy.training.standing import checkpoint_header, epoch_event, stage_event
 from mecdeploy.training.state import State, Tally
 from mecdeploy.training.stepping import Gradients, Measured
 from mecdeploy.training.watch import LossWatch, SizeWatch, watched_loss
@@ -193,25 +192,9 @@ class Session:
         return event, measured
 
     def _end_epoch(self, stage: Stage) -> None:
-        state, tally = self.state, self.state.tally
-        accuracy = self._validate()
+        state, accuracy = self.state, self._validate()
         epoch = state.position.epoch + 1
-        event = EpochEvent(
-            stage=stage.name,
-            epoch=epoch,
-            epochs=stage.epochs,
-            loss=tally.mean(tally.loss),
-            terms={name: tally.mean(value) for name, value in tally.terms.items()},
-            train_accuracy=tally.mean(tally.correct),
-            validation_accuracy=accuracy,
-            learning_rate=learning_rate(
-                stage.base_rate, stage.first_step + epoch * stage.steps - 1, stage.schedule_steps
-            ),
-            seconds=tally.seconds,
-            images_per_second=tally.images / max(tally.seconds, 1e-9),
-            train_measure=state.train_measure,
-            validation_measure=state.validation_measure,
-        )
+        event = epoch_event(state, stage, accuracy)
         self._consistent = False
         state.history.append(asdict(event))
         state.position, state.tally = Position.of(stage.name, epoch, 0), Tally()
@@ -250,27 +233,7 @@ class Session:
         raise KeyboardInterrupt
 
     def _announce(self, name: str, epochs: int, steps: int) -> None:
-        trained = [stage.name for stage in self.stages if stage.epochs]
-        if len(self.stages) > 1:
-            trained.insert(trained.count("fp32"), "calibrate")
-        resumed = self.state.position if self.state.position.stage == name else Position.of(name, 0, 0)
-        widths, phase = self.state.config.schedule.progressive, self.state.phase
-        passing = [*(f"{bits} bits" for bits in widths), "the final widths"] if widths and name == "qat" else [""]
-        parameters = sum(p.numel() for p in self.state.task.network.parameters() if p.requires_grad)
-        self._emit(
-            StageEvent(
-                stage=name,
-                stages=tuple(trained),
-                epochs=epochs,
-                steps=steps,
-                epoch=resumed.epoch,
-                step=resumed.step,
-                parameters=parameters,
-                device=str(self.state.device),
-                processes=self.world.size,
-                widths=passing[phase] if len(passing) > 1 else "",
-            )
-        )
+        self._emit(stage_event(self.state, self.stages, name, epochs, steps))
 
     def _save(self) -> None:
         """Save, or say why not and go on: the older checkpoints are still there. All take part."""
@@ -278,7 +241,7 @@ class Session:
         self.world.same_buffers(self.state.task.network)
         try:
             if self.world.main:
-                self.folder.save(position, self.state.tensors(), self._header())
+                self.folder.save(position, self.state.tensors(), checkpoint_header(self.state, self.stages))
             self._saved = position
         except OSError as error:
             message = (
@@ -288,22 +251,6 @@ class Session:
         except TrainingError as error:
             raise TrainingError(f"{error} {self._last_good()}") from error
         self._saved_at = time.monotonic()
-
-    def _header(self) -> dict[str, Any]:
-        position, history = self.state.position, self.state.history
-        epochs = {stage.name: stage.epochs for stage in self.stages}
-        last = history[-1] if history and not position.step else {}
-        measured = (last.get("stage"), last.get("epoch")) == (position.stage, position.epoch)
-        # An accuracy at wider quantisers is none of the network that is wanted, and makes no checkpoint the best.
-        measured = measured and (
-            position.stage != "qat" or self.state.phase == len(self.state.config.schedule.progressive)
-        )
-        return {
-            **self.state.header(),
-            "stage_epochs": epochs,
-            "stage_end": position == Position.of(position.stage, epochs[position.stage], 0),
-            "accuracy": last["validation_accuracy"] if measured else None,
-        }
 
     def _conclude(self) -> Path:
         state, path = self.state, self.folder.folder / FINAL
@@ -321,7 +268,11 @@ class Session:
         }
         try:
             if self.world.main:
-                write_checkpoint(path, tensors, {**self._header(), "accuracy": accuracy, "finished": True})
+                write_checkpoint(
+                    path,
+                    tensors,
+                    {**checkpoint_header(self.state, self.stages), "accuracy": accuracy, "finished": True},
+                )
         except OSError as error:
             raise TrainingError(
                 f"{path} could not be written ({error.strerror or error}); make room and resume. {self._last_good()}"
