@@ -96,6 +96,35 @@ def test_committed_zoo_is_every_classifier_and_no_integer_differs() -> None:
     assert result["environment"]["threads"] == 1
 
 
+STUDIES = sorted((ROOT / "benchmarks/results").glob("study-*.json"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_committed_studies_are_whole_and_their_means_are_those_of_their_runs(path: Path) -> None:
+    """By numpy and a table of Student's t, from each run's own accuracy."""
+    result = json.loads(path.read_text())
+    study, runs = result["study"], result["runs"]
+    quantised = [name for name, settings in study["methods"].items() if settings["method"] != "fp32"]
+    regimes = list(study.get("regimes", {})) or [""]
+    seeds, quantile = study["study"]["seeds"], {3: 4.302653, 5: 2.776445}[len(study["study"]["seeds"])]
+    expected = {(r, m, b, s) for r in regimes for m in quantised for b in study["study"]["bits"] for s in seeds}
+    found = {(run["regime"], run["method"], run["bits"], run["seed"]): run for run in runs}
+    assert {key for key in found if key[2]} == expected
+    for row in result["rows"]:
+        own = [run for run in runs if all(run[key] == row[key] for key in ("regime", "method", "bits"))]
+        for part in ("validation", "test"):
+            values = np.array([100 * run[part] for run in own])
+            assert row[part]["mean"] == pytest.approx(values.mean(), abs=1e-9)  # float64, of numbers up to 100
+        if row["test_difference"] is None:
+            continue
+        partners = [found[row["regime"], study["study"]["baseline"], row["bits"], run["seed"]] for run in own]
+        gaps = np.array([100 * (run["test"] - partner["test"]) for run, partner in zip(own, partners, strict=True)])
+        margin = quantile * gaps.std(ddof=1) / len(gaps) ** 0.5
+        interval = [gaps.mean() - margin, gaps.mean() + margin]
+        assert row["test_difference"]["mean"] == pytest.approx(gaps.mean(), abs=1e-9)
+        assert row["test_difference"]["interval"] == pytest.approx(interval, abs=1e-5)  # the quantile has 7 digits
+
+
 def test_committed_loader_has_every_source_and_workers_keep_up() -> None:
     result = json.loads((ROOT / "benchmarks/results/loader.json").read_text())
     streamed = [f"{kind}, {n} worker{'' if n == 1 else 's'}" for kind in ("folder", "shards") for n in (0, 1, 2)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mecdeploy.config import read_config
 from mecdeploy.errors import UserError
 from mecdeploy.study.config import read_study
 from mecdeploy.study.plan import Cell, plan
@@ -152,3 +153,17 @@ def test_a_regime_may_train_from_scratch(tmp_path: Path) -> None:
     started, scratch = found["started-lsq-w2a4-seed3"], found["scratch-lsq-w2a4-seed3"]
     assert (started.start, Path(started.config.weights).name) == ("started-start-seed9", "checkpoint-final.safetensors")
     assert (scratch.start, scratch.config.weights, scratch.config.schedule.fp_epochs) == ("", "", 0)
+
+
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks/studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_committed_studies_can_be_planned(path: Path, tmp_path: Path) -> None:
+    if path.stem.endswith("-start"):  # a run, whose network the others start from
+        assert read_config(path).method == "fp32"
+        return
+    study = read_study(path)
+    assert study.axes.test and study.axes.baseline in study.methods
+    planned = plan(study, tmp_path)
+    assert len(planned) >= len(study.methods) * len(study.axes.seeds)
