@@ -99,7 +99,7 @@ def _environment(records: list[dict[str, Any]]) -> dict[str, Any]:
         "threads": environment["threads"],
         "device": environment["gpu"] or "cpu",
         "versions": environment["versions"],
-        "commit": commit(),
+        "collected_at_commit": commit(),
         "seeds": sorted({record["seed"] for record in records}),
     }
 
