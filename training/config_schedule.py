@@ -75,7 +75,7 @@ class ScheduleConfig:
         if list(self.progressive) != sorted(set(self.progressive), reverse=True):
             raise TrainingError(f"schedule.progressive is {list(self.progressive)}; widths have to fall, as in [8, 4].")
         live = self.epochs - self.frozen_epochs
-        if self.progressive and self.epochs > 0 and live <= len(self.progressive):
+        if self.progressive and live <= len(self.progressive):
             raise TrainingError(
                 f"schedule.progressive has {len(self.progressive)} widths before the final ones, and there are {live} "
                 f"live epochs (schedule.epochs less schedule.frozen_epochs); {len(self.progressive) + 1} is the least."

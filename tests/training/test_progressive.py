@@ -103,6 +103,11 @@ def test_a_run_says_its_widths_and_resumes_to_the_bit_at_every_boundary(tmp_path
             {"progressive": (8, 4), "epochs": 4, "frozen_epochs": 2},
             "has 2 widths before the final ones, and there are 2 l",
         ),
+        # Calibrated alone, a network would keep the first width, which is none that it is exported at.
+        (
+            {"progressive": (8,), "epochs": 0, "frozen_epochs": 0},
+            "has 1 widths before the final ones, and there are 0 l",
+        ),
     ],
 )
 def test_widths_that_make_no_sense_are_refused(schedule, message):
