@@ -168,10 +168,12 @@ def refusal(name: str, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_a_class_without_an_image_is_refused() -> None:
-    assert refusal("digits", fraction=0.001) == (
-        "data.fraction is 0.001, which leaves class '0' none of its 142 training images; make it at least 0.00352."
+def test_a_class_without_an_image_is_refused_with_a_fraction_that_leaves_every_class_one() -> None:
+    message = refusal("digits", fraction=0.001)
+    assert message == (
+        "data.fraction is 0.001, which leaves class '0' none of its 142 training images; make it at least 0.0036."
     )
+    assert len(set(load("digits", fraction=0.0036).train.labels.tolist())) == 10
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5, -0.1, float("nan")])

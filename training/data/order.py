@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -89,16 +90,17 @@ def stratified_fraction(
     A smaller fraction lies within a larger one.
     TrainingError for a class that no image is left of.
     """
-    if fraction == 1.0:
-        return list(range(len(labels)))
     chosen: list[int] = []
-    for label, group in _members(labels).items():
+    members = _members(labels)
+    for label, group in members.items():
         count = int(fraction * len(group) + 0.5)
         if not count:
             of = f"class {class_names[label]!r}" if label >= 0 else "the data set"
+            least = 0.5 / min(map(len, members.values()))
+            digits = 2 - math.floor(math.log10(least))
             raise TrainingError(
                 f"data.fraction is {fraction}, which leaves {of} none of its {len(group)} training images; "
-                f"make it at least {0.5 / len(group):.3g}."
+                f"make it at least {math.ceil(least * 10**digits) / 10**digits:.3g}."  # up: down would be too little
             )
         chosen += _ranked("fraction", group, keys)[:count]
     return sorted(chosen)
