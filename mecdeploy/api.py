@@ -190,8 +190,7 @@ def check(
             f"{path} was exported from another checkpoint than {loaded.checkpoint.name}; export {folder.path} again."
         )
         report = dataclasses.replace(report, failures=(reason, *report.failures))
-    content = json.dumps(report.to_json(), indent=2) + "\n"
-    run_folder.write_atomically(folder.path / run_folder.PARITY, content.encode())
+    run_folder.write_json(folder.path / run_folder.PARITY, report.to_json())
     return report
 
 

@@ -38,7 +38,8 @@ def compare(config: Path, out: Path | None, jobs: int | None, dry_run: bool) -> 
         images = study.training_images(cells)
         output.print(tables.planned(cells, images))
         shown = sum(cell.epochs * (count or 0) for cell, count in zip(cells, images, strict=True))
-        click.echo(f"{len(cells)} runs, {sum(cell.epochs for cell in cells)} epochs, {shown:,} images")
+        least = "at least " if None in images else ""
+        click.echo(f"{len(cells)} runs, {sum(cell.epochs for cell in cells)} epochs, {least}{shown:,} images")
         return
     for model in dict.fromkeys(cell.config.model.name for cell in cells):
         say_what_is_executed(model)

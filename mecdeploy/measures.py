@@ -6,7 +6,6 @@ docs/measures.md defines every number. Each function writes a JSON file into the
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mecdeploy.training.config import TrainConfig
+    from mecdeploy.training.data import ImageDataset
     from mecdeploy.training.flatness import Flatness
     from mecdeploy.training.input_spec import InputSpec
     from mecdeploy.training.representation import CodeUse, FeatureSpread
@@ -103,7 +103,6 @@ def representation(
         raise UserError(f"part is {part!r}; choose one of {', '.join(PARTS)}.")
     folder = run_folder.require_run(Path(run))
     config = folder.read_config()
-    from mecdeploy.training.data import load_dataset
     from mecdeploy.training.device import choose_device, place, reproducible
     from mecdeploy.training.evaluate import BATCH_SIZE
     from mecdeploy.training.measured_images import batch_count, count_images, take
@@ -111,7 +110,7 @@ def representation(
 
     target = choose_device(dataclasses.replace(config, device=device).device)
     networks = _Networks.of(folder, config)
-    dataset = load_dataset(config.data, seed=config.seed)
+    dataset = _dataset(config, networks)
     source = dataset.validation if part == "validation" else dataset.train
     images = count_images(source, images, default=MOST_REPRESENTED, part=part)
 
@@ -182,14 +181,13 @@ def hessian(
     """
     folder = run_folder.require_run(Path(run))
     config = folder.read_config()
-    from mecdeploy.training.data import load_dataset
     from mecdeploy.training.device import choose_device, place, reproducible
     from mecdeploy.training.flatness import BATCH_SIZE, measure_flatness
     from mecdeploy.training.measured_images import count_images, take
 
     target = choose_device(dataclasses.replace(config, device=device).device)
     networks = _Networks.of(folder, config)
-    source = load_dataset(config.data, seed=config.seed).train
+    source = _dataset(config, networks).train
     images = count_images(source, images, default=MOST_DIFFERENTIATED, part="training")
     network = networks.full_precision if networks.quantized is None else networks.quantized
     with reproducible(target):
@@ -211,10 +209,14 @@ def hessian(
 
 @dataclass(frozen=True, kw_only=True)
 class _Networks:
-    """What a finished run holds. quantized: None for a run in full precision. sha256: of the checkpoint's bytes."""
+    """What a finished run holds.
+
+    quantized: None for a run in full precision. class_names: of a quantised one. sha256: of the checkpoint's bytes.
+    """
 
     quantized: nn.Module | None
     full_precision: nn.Module
+    class_names: tuple[str, ...]
     spec: InputSpec
     sha256: str
 
@@ -226,9 +228,24 @@ class _Networks:
 
         if config.method == "fp32":
             network, spec, path = load_float_network(folder.path, config)
-            return cls(quantized=None, full_precision=network, spec=spec, sha256=file_sha256(path))
+            return cls(quantized=None, full_precision=network, class_names=(), spec=spec, sha256=file_sha256(path))
         run = load_run(folder.path, model_name=config.model.name)
-        return cls(quantized=run.model, full_precision=run.float_model, spec=run.spec, sha256=run.sha256)
+        return cls(
+            quantized=run.model,
+            full_precision=run.float_model,
+            class_names=run.class_names,
+            spec=run.spec,
+            sha256=run.sha256,
+        )
+
+
+def _dataset(config: TrainConfig, networks: _Networks) -> ImageDataset:
+    """The images of a run; without labels, which only quantised runs lack, its classes are those of the checkpoint."""
+    from mecdeploy.training.data import load_dataset
+    from mecdeploy.training.data.unlabelled import KnownClasses
+
+    classes = KnownClasses(names=networks.class_names, named=True)
+    return load_dataset(config.data, seed=config.seed, classes=lambda shape: classes)
 
 
 def _told(batches: Any, tell: Callable[[int], None]) -> Any:
@@ -240,5 +257,4 @@ def _told(batches: Any, tell: Callable[[int], None]) -> Any:
 
 
 def _write(path: Path, networks: _Networks, record: Mapping[str, Any]) -> None:
-    content = {"checkpoint_sha256": networks.sha256, **record}
-    run_folder.write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    run_folder.write_json(path, {"checkpoint_sha256": networks.sha256, **record})

@@ -49,6 +49,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def write_json(path: Path, content: Any) -> None:
+    """The same of a JSON document, for programs and for people."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """The same of one JSON object a line."""
+    write_atomically(path, _json_lines(records))
+
+
+def _json_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
 class Metrics:
     """metrics.jsonl: one JSON object per finished epoch, appended as they come."""
 
@@ -82,7 +96,7 @@ class Metrics:
 
     def replace(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Hold these records, in a file written anew unless it holds them already."""
-        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        content = _json_lines(records)
         if not self._path.is_file() or self._path.read_bytes() != content:
             write_atomically(self._path, content)
 

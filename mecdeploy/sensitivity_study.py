@@ -6,7 +6,6 @@ Writes both into the run folder; nothing here prints.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ def sensitivity(
     )
     measurements = folder.path / "sensitivity.json"
     record = {"checkpoint_sha256": file_sha256(checkpoint), **found.to_json()}
-    run_folder.write_atomically(measurements, (json.dumps(record, indent=2) + "\n").encode())
+    run_folder.write_json(measurements, record)
     proposed = with_weight_bits(config, found.bits, checkpoint.resolve())
     run_folder.write_atomically(settings, to_toml(proposed).encode())
     return SensitivityReport(settings=settings, measurements=measurements, study=found)

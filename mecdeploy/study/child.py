@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mecdeploy import __version__
-from mecdeploy.run_folder import write_atomically
+from mecdeploy.run_folder import write_json
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -30,13 +30,13 @@ def run(arguments: list[str]) -> None:
     _end_with(int(parent))
     from mecdeploy.cli import cli, main
 
-    for further in _commands():
+    for further in commands():
         cli.add_command(further)
     try:
         main(command)
     finally:
         if "torch" in sys.modules:
-            write_atomically(Path(note), (json.dumps(environment(), indent=2) + "\n").encode())
+            write_json(Path(note), environment())
 
 
 def environment() -> dict[str, Any]:
@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commands() -> list[Any]:
+def commands() -> list[Any]:
     """The commands that only a study calls, beside those of the command line."""
     import click
 

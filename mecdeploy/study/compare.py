@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mecdeploy.errors import UserError
-from mecdeploy.run_folder import locked, write_atomically
+from mecdeploy.run_folder import locked, write_atomically, write_json, write_json_lines
 from mecdeploy.study import plots, tables
 from mecdeploy.study.config import Study, read_study
-from mecdeploy.study.measuring import MEASURES, measured_rows, unmeasured
+from mecdeploy.study.measuring import MEASURED, measured_rows, unmeasured
 from mecdeploy.study.plan import RUNS, Cell, plan
 from mecdeploy.study.report import StudyReport, rows
-from mecdeploy.study.results import RESULTS, Record, read_records, record, write_records
+from mecdeploy.study.results import RESULTS, Record, read_records, record
 from mecdeploy.study.running import LOGS, SETTINGS, RunEvent, is_finished, require_unchanged, run_all, run_command
 from mecdeploy.study.testing import TEST, dataset_of, require_test_images
 from mecdeploy.training.config import DataConfig
@@ -95,7 +95,7 @@ def _run(
     finished = {cell.name: record(out, cell) for cell in cells if is_finished(out, cell)}
 
     def write() -> None:
-        write_records(out / RESULTS, (finished[cell.name] for cell in cells if cell.name in finished))
+        write_json_lines(out / RESULTS, (finished[cell.name] for cell in cells if cell.name in finished))
 
     def follow(event: RunEvent) -> None:
         if event.what == "finished":
@@ -130,7 +130,7 @@ def _conclude(study: Study, out: Path, cells: Sequence[Cell], failures: dict[str
     tested = {test["name"] for test in tests}
     measured = [
         found
-        for found in read_records(out / MEASURES)
+        for found in read_records(out / MEASURED)
         if found["name"] in planned and found["measures"] == study.axes.measures
     ]
     found_rows = rows(records, tests, study.axes.baseline)
@@ -148,7 +148,7 @@ def _conclude(study: Study, out: Path, cells: Sequence[Cell], failures: dict[str
     if found.measured:
         write_atomically(out / MEASURES_TABLE, tables.measures_markdown(found).encode())
     write_atomically(out / TABLE, tables.markdown(found).encode())
-    write_atomically(out / SUMMARY, (json.dumps(found.to_json(), indent=2) + "\n").encode())
+    write_json(out / SUMMARY, found.to_json())
     return found
 
 

@@ -16,8 +16,8 @@ from mecdeploy.training.config import LAYER_WIDTHS
 from mecdeploy.training.errors import TrainingError
 
 START = "start"
-MEASURES = {"representation": ("images",), "hessian": ("images", "probes", "iterations", "seed")}
-"""Measure -> what can be set of it, as its command has it."""
+MEASURES = {"representation": {"images": 2}, "hessian": {"images": 2, "probes": 2, "iterations": 1, "seed": 0}}
+"""Measure -> what can be set of it, with the least value, as its command has it."""
 _TABLES = ("study", "base", START, "methods", "regimes")
 _AXES = {"seed": "study.seeds", "quant.weight_bits": "study.bits", "quant.act_bits": "study.bits"}
 _NAME = re.compile(r"[\w.+-]+")
@@ -58,14 +58,16 @@ class Axes:
             widths(bits)
         for measure, options in self.measures.items():
             if measure not in MEASURES:
-                raise UserError(f"study.measures holds {measure!r}; choose of {', '.join(MEASURES)}.")
+                raise UserError(f"study.measures holds {measure!r}; choose from {', '.join(MEASURES)}.")
             for key, value in options.items():
                 if key not in MEASURES[measure]:
                     raise UserError(
-                        f"study.measures.{measure} holds {key!r}; choose of {', '.join(MEASURES[measure])}."
+                        f"study.measures.{measure} holds {key!r}; choose from {', '.join(MEASURES[measure])}."
                     )
-                if value < (0 if key == "seed" else 1):
-                    raise UserError(f"study.measures.{measure}.{key} is {value}; it must be at least 1.")
+                if value < MEASURES[measure][key]:
+                    raise UserError(
+                        f"study.measures.{measure}.{key} is {value}; it must be at least {MEASURES[measure][key]}."
+                    )
         for key, minimum in (("jobs", 0), ("threads", 1)):
             if getattr(self, key) < minimum:
                 raise UserError(f"study.{key} is {getattr(self, key)}; it must be at least {minimum}.")

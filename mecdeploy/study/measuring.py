@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mecdeploy import measures
+from mecdeploy.run_folder import RunFolder, write_json_lines
 from mecdeploy.study.plan import RUNS
-from mecdeploy.study.results import AXES, RESULTS, Record, by_seed, partner_of, read_records, write_records
+from mecdeploy.study.results import AXES, RESULTS, Record, by_seed, partner_of, read_records
 from mecdeploy.study.statistics import Difference, Spread, paired_difference, spread
 
-MEASURES = "measures.jsonl"
+MEASURED = "measures.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRow:
-    """One method at one width in one regime: name of the measure -> its spread over seeds, and against the baseline."""
+    """One method at one width in one regime.
+
+    values: name of the measure -> its spread over seeds. differences: to the baseline, empty for what has no partner.
+    """
 
     regime: str
     method: str
@@ -31,22 +35,24 @@ Kinds = Mapping[str, Mapping[str, int]]
 
 def unmeasured(out: Path, kinds: Kinds) -> list[str]:
     """The finished runs that were not measured so. Other options, such as more images, are another measurement."""
-    known = {found["name"] for found in read_records(out / MEASURES) if found["measures"] == kinds}
+    known = {found["name"] for found in read_records(out / MEASURED) if found["measures"] == kinds}
     return [found["name"] for found in read_records(out / RESULTS) if found["name"] not in known]
 
 
 def write_measures(out: Path, kinds: Kinds) -> None:
     """Measure what `unmeasured` names; each record is kept as soon as there is one."""
     left = unmeasured(out, kinds)
-    known = {found["name"]: found for found in read_records(out / MEASURES)}
+    known = {found["name"]: found for found in read_records(out / MEASURED)}
     for found in read_records(out / RESULTS):
         name = found["name"]
         if name in left:
+            run = out / RUNS / name
+            device = RunFolder(run).read_config().device
             values: dict[str, float] = {}
             for kind, options in kinds.items():
-                values |= getattr(measures, kind)(out / RUNS / name, **options).summary()
+                values |= getattr(measures, kind)(run, device=device, **options).summary()
             known[name] = {**{key: found[key] for key in AXES}, "measures": kinds, "values": values}
-            write_records(out / MEASURES, known.values())
+            write_json_lines(out / MEASURED, known.values())
 
 
 def measured_rows(records: Sequence[Record], baseline: str) -> list[MeasuredRow]:

@@ -134,7 +134,7 @@ def _require_equal_budgets(study: Study, cells: Sequence[Cell]) -> None:
 
 def _require_carved_validation(study: Study, cells: Sequence[Cell]) -> None:
     for cell in cells:
-        if getattr(cell.config.data, "validation", "") != "carved":
+        if cell.config.data.validation != "carved":
             raise UserError(
                 f"{study.source}: study.test is true, but run {cell.name} validates on images that are not carved from "
                 "the training images, so that the test images would be seen by every choice; set data.validation = "

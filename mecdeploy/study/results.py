@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mecdeploy.config import flatten
-from mecdeploy.run_folder import write_atomically
 from mecdeploy.study.plan import FINAL, RUNS, Cell
 from mecdeploy.study.running import note_path
 from mecdeploy.training.events import ACCURACY
@@ -27,8 +26,8 @@ def record(out: Path, cell: Cell) -> dict[str, Any]:
 
     accuracy: of the deployed arithmetic (of the float network, with method fp32) after the last epoch; accuracy_fp32:
     of the network it was quantised from; both over the validation images, 0..1. measure: what they are, agreement with
-    the teacher where those images have no labels. seconds: training alone, over all
-    sessions. settings: what it has on top of base, by dotted key.
+    the teacher where those images have no labels. seconds: training alone, over all sessions. settings: what it has on
+    top of base, by dotted key.
     """
     from mecdeploy.training.checkpoint import read_header
 
@@ -58,11 +57,6 @@ def record(out: Path, cell: Cell) -> dict[str, Any]:
         "environment": _environment(note_path(out, cell.name)),
         "date": finished.isoformat(timespec="seconds"),
     }
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """One JSON object a line, the whole file at once."""
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

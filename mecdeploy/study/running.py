@@ -30,8 +30,8 @@ class RunEvent:
     """Something happened to a run.
 
     what: "started", "resumed", "finished", "failed" (message: its last line), or "waiting" for a process that still
-    writes to its folder. done, total: runs. accuracy: of a finished run on the
-    validation images, 0..1. seconds_left: of the whole study, None while nobody knows.
+    writes to its folder. done, total: runs. accuracy: of a finished run on the validation images, 0..1. seconds_left:
+    of the whole study, None while nobody knows.
     """
 
     cell: Cell
@@ -146,7 +146,7 @@ class _Pool:
             ready = next((cell for cell in self._waiting if self._is_ready(cell)), None)
             if ready is not None:
                 self._waiting.remove(ready)
-                self._running[slot] = ready, self._start(slot, ready)
+                self._start(slot, ready)
         return bool(self._running or self._waiting)
 
     def _is_ready(self, cell: Cell) -> bool:
@@ -161,16 +161,15 @@ class _Pool:
             self._say(cell, "waiting", "another process still writes to its folder")
         return False
 
-    def _start(self, slot: int, cell: Cell) -> subprocess.Popen[bytes]:
+    def _start(self, slot: int, cell: Cell) -> None:
         settings = self._out / SETTINGS / f"{cell.name}.toml"
         folder = self._out / RUNS / cell.name
         resumed = (folder / CONFIG).is_file()
         for file in (settings, *([folder / CONFIG] if resumed else [])):  # where it computes and reads may have changed
             write_atomically(file, to_toml(cell.config).encode())
         command = ["train", "--out", str(folder), *(["--resume"] if resumed else ["--config", str(settings)])]
-        process = _spawn(self._out, cell.name, command, self._threads, self._slots[slot])
+        self._running[slot] = cell, _spawn(self._out, cell.name, command, self._threads, self._slots[slot])
         self._say(cell, "resumed" if resumed else "started")
-        return process
 
     def _ended(self, cell: Cell, code: int) -> None:
         if code == 0 and is_finished(self._out, cell):

@@ -25,7 +25,7 @@ def markdown(report: StudyReport) -> str:
     return f"{table}\n\n{done} {explanation(report)}\n"
 
 
-MEASURES = {
+TITLES = {
     "activation_entropy": "entropy of activations, bits",
     "weight_entropy": "entropy of weights, bits",
     "feature_effective_rank": "effective rank",
@@ -35,7 +35,7 @@ MEASURES = {
     "hessian_normalized_eigenvalue": "top eigenvalue, filters of norm 1",
     "hessian_normalized_trace": "trace, filters of norm 1",
 }
-"""Those of docs/measures.md that a table shows; summary.json has the others, too."""
+"""Measures of docs/measures.md that a table shows; summary.json has the others, too."""
 
 
 def measures(report: StudyReport) -> Table:
@@ -107,7 +107,7 @@ def _cells(report: StudyReport) -> list[list[str]]:
 
 def _measured(report: StudyReport, *, differences: bool) -> list[list[str]]:
     """Head and rows; the baseline has no differences, and no row of them."""
-    known = [key for key in MEASURES if any(key in row.values for row in report.measured)]
+    known = [key for key in TITLES if any(key in row.values for row in report.measured)]
     regimes = _words(report) == 3
     lines = []
     for row in report.measured:
@@ -116,7 +116,7 @@ def _measured(report: StudyReport, *, differences: bool) -> list[list[str]]:
         found = row.differences if differences else row.values
         cells = [_significant(found[key]) if key in found else "" for key in known]
         lines.append([*([row.regime] if regimes else []), row.method, row.bits, *cells])
-    return [[*(["regime"] if regimes else []), "method", "bits", *(MEASURES[key] for key in known)], *lines]
+    return [[*(["regime"] if regimes else []), "method", "bits", *(TITLES[key] for key in known)], *lines]
 
 
 def _significant(found: Spread) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mecdeploy.errors import UserError
-from mecdeploy.run_folder import RunFolder
+from mecdeploy.run_folder import RunFolder, write_json_lines
 from mecdeploy.study.plan import RUNS, Cell
-from mecdeploy.study.results import AXES, RESULTS, read_records, write_records
+from mecdeploy.study.results import AXES, RESULTS, read_records
 from mecdeploy.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def write_test_accuracies(out: Path) -> None:
         folder = RunFolder(out / RUNS / found["name"])
         accuracy, images = _test_accuracy(folder.path, folder.read_config())
         records.append({**{key: found[key] for key in AXES}, "accuracy": accuracy, "images": images})
-    write_records(out / TEST, records)
+    write_json_lines(out / TEST, records)
 
 
 def _test_accuracy(run: Path, config: TrainConfig) -> tuple[float, int]:

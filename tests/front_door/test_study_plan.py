@@ -110,13 +110,13 @@ def test_a_method_may_say_otherwise_than_the_start(tmp_path: Path) -> None:
         (
             'baseline = "lsq"',
             "measures.hesian = {}",
-            "study.measures holds 'hesian'; choose of representation, hessian.",
+            "study.measures holds 'hesian'; choose from representation, hessian.",
         ),
-        ('baseline = "lsq"', "measures.hessian.n = 3", "study.measures.hessian holds 'n'; choose of images, probes"),
+        ('baseline = "lsq"', "measures.hessian.n = 3", "study.measures.hessian holds 'n'; choose from images, probes"),
         (
             'baseline = "lsq"',
-            "measures.hessian.images = 0",
-            "study.measures.hessian.images is 0; it must be at least 1",
+            "measures.hessian.probes = 1",
+            "study.measures.hessian.probes is 1; it must be at least 2.",
         ),
         ('baseline = "lsq"', 'devices = ["0"]\njobs = -1', "study.jobs is -1; it must be at least 0."),
     ],

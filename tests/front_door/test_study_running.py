@@ -15,7 +15,7 @@ from mecdeploy.run_folder import locked, write_atomically
 from mecdeploy.study import running
 from mecdeploy.study.config import read_study
 from mecdeploy.study.plan import FINAL, Cell, plan
-from mecdeploy.study.running import RunEvent, require_unchanged, run_all
+from mecdeploy.study.running import RunEvent, require_unchanged, run_all, run_command
 
 STUDY = """
 [study]
@@ -199,3 +199,11 @@ def test_a_resumed_run_may_compute_elsewhere(out: Path, monkeypatch: pytest.Monk
     run(out)
     assert 'device = "auto"' in settings.read_text(), "as the study says now"
     assert (out / "runs" / ALL[1] / FINAL).exists()
+
+
+def test_a_command_that_is_no_run_says_why_it_failed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("test", "--out", str(out / "runs" / "tested"), "--resume")
+    assert run_command(out, command, threads=3, device="7") is None
+    assert (out / "runs" / "tested" / "seen").read_text() == "3 7"
+    monkeypatch.setenv("FAILING", "tested")
+    assert run_command(out, command, threads=3, device=None) == "no room left in tested"

@@ -90,6 +90,8 @@ def test_labelled_validation_images_give_accuracies_and_a_run_outlives_its_weigh
     assert call("train", "--resume", "--out", out).code == 0
     assert call("export", out).code == 0 and call("check", out).code == 0
     assert isinstance(json.loads((out / "parity.json").read_text())["accuracy_torch"], float)
+    assert call("representation", out).code == 0, "on validation images, which have labels"
+    assert "the training images have no labels" in call("hessian", out).error
 
 
 def test_what_is_missing_is_said(call: Call, tmp_path: Path, teacher: Path) -> None:
