@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import json
 import os
 import re
 import shlex
@@ -113,7 +114,6 @@ def test_the_readme_shows_every_command() -> None:
 
 
 def test_docs_cli_names_every_option_and_key() -> None:
-    from mecdeploy.config import to_toml
     from mecdeploy.training.config import TrainConfig
 
     text = (ROOT / "docs" / "cli.md").read_text()
@@ -121,8 +121,16 @@ def test_docs_cli_names_every_option_and_key() -> None:
         for parameter in command.params:
             for option in parameter.opts if isinstance(parameter, click.Option) else ():
                 assert f"`{option}" in text, f"docs/cli.md does not explain {option}"
-    for key in re.findall(r"^(\w+) = ", to_toml(TrainConfig()), re.MULTILINE):
-        assert f"`{key}`" in text, f"docs/cli.md does not explain {key}"
+    tables = re.split(r"^\| (?:`\[(\w+)\]`|top level) \| default \|", text, flags=re.MULTILINE)[1:]
+    rows = dict(zip(tables[::2], tables[1::2], strict=True))
+    settings = TrainConfig().describe()
+    sections = {name: value for name, value in settings.items() if name in rows}
+    for section, keys in {None: {key: settings[key] for key in settings.keys() - sections}, **sections}.items():
+        for key, value in keys.items():
+            shown = json.dumps(list(value) if isinstance(value, tuple) else value)
+            plain = {f"`{value}`", f"`{shown}`", shown}
+            found = re.search(rf"^\| `{key}` \| (.*?) \|", rows[section], re.MULTILINE)
+            assert found and found[1] in plain, f"docs/cli.md does not explain {section}.{key}, by default {shown}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
