@@ -95,10 +95,12 @@ class TableWeightQuantizer(WeightQuantizer):
 
     @property
     def levels(self) -> Tensor:
-        """int8, what codes can be: [n] ascending, or [n, width]; equal rows are one."""
+        """int8, what codes can be: [n] ascending, equal ones once; or [rows, width], the table as it is.
+
+        How many rows a codebook has says how many bits its positions take, however many have come to be equal.
+        """
         entries = self._entries().detach().to(torch.int8)
-        found: Tensor = torch.unique(entries, dim=0)
-        return found.flatten() if self.width == 1 else found
+        return torch.unique(entries) if self.width == 1 else entries
 
     def fit(self, weight: Tensor) -> None:
         """Set step and table such that they lose little of a weight [O, ...]."""

@@ -182,6 +182,16 @@ def test_what_trains_is_what_runs(bits: int, grid: str) -> None:
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()) and bool(parameter.grad.any())
 
 
+def test_rows_that_come_to_be_equal_leave_a_codebook_its_bits() -> None:
+    """Of 17 rows two alike: 16 different ones would be vectors of 1 bit a weight, which export refuses at 2 bits."""
+    quantizer = choose_weight_quantizer(torch.zeros(17, 32), 2, "codebook")
+    assert isinstance(quantizer, TableWeightQuantizer)
+    with torch.no_grad():
+        quantizer.table[:4] = quantizer.table[4:8]
+    assert len(torch.unique(quantizer.levels, dim=0)) == 16
+    assert quantizer.levels.shape == (17, 4)
+
+
 def test_an_update_moves_levels_as_far_as_their_members_gradients_say() -> None:
     """The mean of n members' gradients, in units of the reach: by hand for one channel and two levels."""
     weight = torch.tensor([[0.9, 1.1, -0.8, -1.2, 1.0, -1.0]])
