@@ -14,13 +14,32 @@ if TYPE_CHECKING:
 
 def require_coherent(config: TrainConfig) -> None:
     """Raise TrainingError for the first combination that cannot work."""
+    _require_stages(config)
     _require_weights_free_to_average(config)
     if config.data.labels == "none":
         _require_teaching(config)
+    _require_trained_teacher(config)
     _require_widths_to_fall(config)
     _require_learned_weight_steps(config)
     _require_grid(config)
     _require_fixed_zero_points(config)
+
+
+def _require_stages(config: TrainConfig) -> None:
+    """What works on the quantised stages alone is not left out in silence where there are none."""
+    asked = {
+        "schedule.averaging": config.schedule.averaging,
+        "schedule.progressive": list(config.schedule.progressive),
+        "quant.damping": config.quant.damping,
+        "quant.freezing": config.quant.freezing,
+        "distill.weight": config.distill.weight,
+    }
+    for key, value in asked.items():
+        if value and config.method == "fp32":
+            raise TrainingError(
+                f"{key} is {value}, which acts while a network is quantised, and method fp32 quantises none; leave it "
+                "out, or choose another method."
+            )
 
 
 def _require_weights_free_to_average(config: TrainConfig) -> None:
@@ -48,13 +67,28 @@ def _require_teaching(config: TrainConfig) -> None:
             f"{unlabelled}, and the full-precision epochs (schedule.fp_epochs is {config.schedule.fp_epochs}) need "
             "labels; set schedule.fp_epochs = 0 (--fp-epochs 0)."
         )
-    mec = config.mec
-    coded = config.method == "mec" and mec.views == "teacher" and "features" in mec.code and mec.beta > 0
-    if not (config.distill.weight > 0 or coded):
+    if not _learns_from_teacher(config):
         raise TrainingError(
             f"{unlabelled}, and nothing in the loss comes from the teacher; set distill.weight = 1 (--distill 1), "
             'or method = "mec" with mec.views = "teacher".'
         )
+
+
+def _require_trained_teacher(config: TrainConfig) -> None:
+    if _learns_from_teacher(config) and not config.weights and not config.schedule.fp_epochs:
+        key = "mec.views is teacher"
+        if config.distill.weight > 0:
+            key = f"distill.weight is {config.distill.weight}"
+        raise TrainingError(
+            f"{key}, and the full-precision network that teaches is random: schedule.fp_epochs is 0, and there are no "
+            "weights. Name some in weights (--weights), or set schedule.fp_epochs."
+        )
+
+
+def _learns_from_teacher(config: TrainConfig) -> bool:
+    mec = config.mec
+    coded = config.method == "mec" and mec.views == "teacher" and "features" in mec.code and mec.beta > 0
+    return config.distill.weight > 0 or coded
 
 
 def _require_widths_to_fall(config: TrainConfig) -> None:
@@ -92,6 +126,11 @@ def _require_grid(config: TrainConfig) -> None:
     quant, schedule = config.quant, config.schedule
     has_levels = quant.weight_grid != "uniform" or 1 in quant.all_weight_bits
     shown = f"quant.weight_grid is {quant.weight_grid} and quant.weight_bits {quant.weight_bits}"
+    if quant.weight_grid != "uniform" and min(*quant.all_weight_bits, quant.first_last_bits) == 8:
+        raise TrainingError(
+            f"{shown}: a grid is that of weights below 8 bits, and there are none. Lower quant.weight_bits, or leave "
+            "quant.weight_grid out."
+        )
     if schedule.compile and quant.weight_grid in TABLE_GRIDS:
         raise TrainingError(
             f"schedule.compile is true and quant.weight_grid {quant.weight_grid}; nothing compares the gradients "

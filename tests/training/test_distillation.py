@@ -23,7 +23,7 @@ from tiny_run import (
 from torch import Tensor
 
 from mecdeploy.training.calibration import calibrate
-from mecdeploy.training.config import DataConfig, DistillConfig, MecConfig, QuantConfig, TrainConfig
+from mecdeploy.training.config import DataConfig, DistillConfig, MecConfig, QuantConfig, ScheduleConfig, TrainConfig
 from mecdeploy.training.data import Batch
 from mecdeploy.training.data.memory import MemorySource
 from mecdeploy.training.distillation import Teacher, distillation_loss
@@ -315,6 +315,41 @@ def test_without_labels_there_is_a_teacher() -> None:
     weights_alone = MecConfig(views="teacher", code=("weights",))
     assert refusal(weights="t.pth", schedule=qat, mec=weights_alone) == nothing
     assert TrainConfig(weights="t.pth", schedule=qat, data=DataConfig(labels="none"), mec=TEACHER_VIEW)
+
+
+def test_a_teacher_that_nobody_has_trained_is_refused() -> None:
+    untrained = tiny_config(fp_epochs=0)
+    for key, changes in (
+        ("distill.weight is 0.5", {"distill": DistillConfig(weight=0.5)}),
+        ("mec.views is teacher", {"mec": TEACHER_VIEW}),
+    ):
+        with pytest.raises(TrainingError) as caught:
+            dataclasses.replace(untrained, **changes)
+        assert str(caught.value) == (
+            f"{key}, and the full-precision network that teaches is random: schedule.fp_epochs is 0, and there are no "
+            "weights. Name some in weights (--weights), or set schedule.fp_epochs."
+        )
+        assert dataclasses.replace(untrained, weights="t.pth", **changes)
+    assert dataclasses.replace(untrained, method="lsq", mec=TEACHER_VIEW)  # which codes nothing
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("schedule.averaging is 0.9", {"schedule": ScheduleConfig(averaging=0.9)}),
+        ("schedule.progressive is [8]", {"schedule": ScheduleConfig(progressive=(8,))}),
+        ("quant.damping is 0.1", {"quant": QuantConfig(damping=0.1)}),
+        ("quant.freezing is 0.1", {"quant": QuantConfig(freezing=0.1)}),
+        ("distill.weight is 0.5", {"distill": DistillConfig(weight=0.5)}),
+    ],
+)
+def test_what_acts_on_quantised_networks_is_refused_where_there_is_none(key: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError) as caught:
+        TrainConfig(method="fp32", **changes)
+    assert str(caught.value) == (
+        f"{key}, which acts while a network is quantised, and method fp32 quantises none; leave it out, or choose "
+        "another method."
+    )
 
 
 def test_values_out_of_range() -> None:

@@ -217,6 +217,13 @@ def test_what_no_grid_is_is_refused(settings: dict[str, object], message: str) -
         QuantConfig(**settings)  # type: ignore[arg-type]
 
 
+def test_a_grid_for_no_layer_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"levels and quant.weight_bits 8: a grid is that of weights below 8 bits"):
+        TrainConfig(quant=QuantConfig(weight_grid="levels", weight_bits=8))
+    assert TrainConfig(quant=QuantConfig(weight_grid="levels", weight_bits=8, first_last_bits=4))
+    assert TrainConfig(quant=QuantConfig(weight_grid="levels", weight_bits=8, overrides={"a": {"weight_bits": 4}}))
+
+
 @pytest.mark.parametrize("quant", [{"weight_grid": "midrise", "weight_bits": 2}, {"weight_bits": 1}])
 def test_what_needs_the_plain_range_is_refused(quant: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match=r"schedule.progressive is \[8\]; wider forms of that grid are no int8"):
