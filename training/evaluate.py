@@ -27,7 +27,6 @@ def evaluate(
     """Share of the images of `source` whose largest logit is their label's, in evaluation mode, 0..1.
 
     answers: uint8 pixels [m, C, H, W] -> class indices [m], to take the place of labels.
-
     For a quantised network that is the deployed arithmetic. between: called after each batch; what it raises stops the
     evaluation. The network's mode is restored. world: every process counts its share of the images; all take part.
     """

@@ -31,8 +31,8 @@ class TrainResult:
     """A finished run.
 
     accuracy_fp32, accuracy: of the full-precision and of the deployed network over the validation images, 0..1 (one and
-    the same with method "fp32"). measure: what they are, AGREEMENT where these images have no
-    labels. history: every epoch of every stage.
+    the same with method "fp32"). measure: what they are, AGREEMENT where these images have no labels. history: every
+    epoch of every stage.
     """
 
     out: Path
