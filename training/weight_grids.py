@@ -100,7 +100,8 @@ class TableWeightQuantizer(WeightQuantizer):
         How many rows a codebook has says how many bits its positions take, however many have come to be equal.
         """
         entries = self._entries().detach().to(torch.int8)
-        return torch.unique(entries) if self.width == 1 else entries
+        found: Tensor = torch.unique(entries) if self.width == 1 else entries
+        return found
 
     def fit(self, weight: Tensor) -> None:
         """Set step and table such that they lose little of a weight [O, ...]."""
