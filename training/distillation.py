@@ -33,13 +33,8 @@ class Teacher:
         self._spec, self._device = spec, device
         self._kept: list[Tensor] | None = None
         if features:
-            linears = [module for module in self._network.modules() if isinstance(module, nn.Linear)]
-            if not linears:
-                raise TrainingError(
-                    "mec.views is teacher, but the model has no Linear whose input could be coded; use one."
-                )
             self._kept = kept = []
-            linears[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+            last_linear(self._network).register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Taught:
@@ -57,6 +52,14 @@ class Teacher:
     def _logits(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self._network(self._spec.normalize(channels_last(pixels, self._device)))
         return logits
+
+
+def last_linear(network: nn.Module) -> nn.Linear:
+    """What reads the features that mec.views "teacher" codes. Raises TrainingError where there is none."""
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise TrainingError("mec.views is teacher, but the model has no Linear whose input could be coded; use one.")
+    return linears[-1]
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

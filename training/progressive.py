@@ -17,6 +17,11 @@ def phase_at(epoch: int, live_epochs: int, widths: Sequence[int]) -> int:
     return epoch * (len(widths) + 1) // live_epochs
 
 
+def first_epoch(phase: int, live_epochs: int, widths: Sequence[int]) -> int:
+    """The epoch with which `phase_at` enters a phase."""
+    return -(-phase * live_epochs // (len(widths) + 1))
+
+
 class FallingWidths:
     """Sets the widths of a prepared network's quantisers, phase by phase. What has 8 bits at the end keeps them.
 

@@ -25,7 +25,7 @@ from mecdeploy.training.events import (
 from mecdeploy.training.interrupt import Interrupts
 from mecdeploy.training.last_good import another_run, newest_good
 from mecdeploy.training.optimizers import learning_rate, set_learning_rate, warmup_steps
-from mecdeploy.training.progressive import phase_at
+from mecdeploy.training.progressive import first_epoch, phase_at
 from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Stage, plan_stages
@@ -53,6 +53,7 @@ class Session:
         self._saved_at = time.monotonic()
         self._consistent = True  # whether the state is exactly that of its position, so that it may be saved
         self._together = self.world.alone  # whether all processes are at this place, so that they may save
+        self._watch()
 
     def restore(self, checkpoint: Checkpoint, position: Position) -> list[str]:
         """Go on from a checkpoint; sentences as in State.restore."""
@@ -87,17 +88,23 @@ class Session:
             state.freeze()
             self._consistent = True
         if state.position.epoch < stage.epochs:
-            self._losses = LossWatch(len(state.dataset.class_names), state.train_measure == ACCURACY)
-            self._sizes = SizeWatch(state.task.network)
+            self._watch()
             self._announce(stage.name, stage.epochs, stage.steps)
             gradients = Gradients(state)
         while state.position.epoch < stage.epochs:
             if self._enter_phase(stage):
+                self._watch()
                 gradients = Gradients(state)
             self._run_epoch(stage, gradients)
         if state.accuracy_fp32 is None:  # weights from elsewhere, not trained here
             state.accuracy_fp32 = self._validate()
             self._save()
+
+    def _watch(self) -> None:
+        """Look out for divergence from here on: of another network, or one that was calibrated anew."""
+        state = self.state
+        self._losses = LossWatch(len(state.dataset.class_names), state.train_measure == ACCURACY)
+        self._sizes = SizeWatch(state.task.network)
 
     def _enter_phase(self, stage: Stage) -> bool:
         """Change the widths where schedule.progressive has others from this epoch on; returns whether it has."""
@@ -171,7 +178,8 @@ class Session:
         if state.freezer is not None and stage.name != "fp32":
             state.freezer.update()
         if state.average is not None:
-            state.average.update(epoch * stage.steps + step)
+            began = first_epoch(state.phase, stage.epochs, state.config.schedule.progressive)
+            state.average.update((epoch - began) * stage.steps + step)
         watched = watched_loss(measured.terms, state.config.distill.temperature)
         self._losses.add(watched, warming_up=done < warmup_steps(stage.schedule_steps))
         self._sizes.look(epoch + 1, step + 1)

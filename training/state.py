@@ -18,7 +18,7 @@ from mecdeploy.training.coded_layers import coded_layers
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.data import ImageDataset
 from mecdeploy.training.device import place
-from mecdeploy.training.distillation import Teacher
+from mecdeploy.training.distillation import Teacher, last_linear
 from mecdeploy.training.drawn_batches import calibration_batches, statistics_batches
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import ACCURACY, AGREEMENT
@@ -107,6 +107,8 @@ class State:
             model = self._prepared()  # what cannot be quantised is refused before it is trained, not after
             if config.method == "mec":
                 coded_layers(model, config.mec)
+            if config.method == "mec" and config.mec.views == "teacher":
+                last_linear(self.float_model)
             low_bit_layers(model)
             if accept is not None:
                 accept(model.cpu())

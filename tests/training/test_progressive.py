@@ -8,11 +8,16 @@ from test_quantized_model import calibrated
 from tiny_networks import images
 from tiny_run import FINAL, assert_same_tensors, interrupt_at, is_step, tensors_in, tiny_config, tiny_dataset
 
+from mecdeploy.training import session, state
+from mecdeploy.training.averaging import WeightAverage
 from mecdeploy.training.config import QuantConfig, ScheduleConfig, TrainConfig
 from mecdeploy.training.errors import TrainingError
 from mecdeploy.training.events import EpochEvent, StageEvent, TrainingInterrupted
 from mecdeploy.training.loop import train
-from mecdeploy.training.progressive import FallingWidths, phase_at
+from mecdeploy.training.model import QuantizedModel
+from mecdeploy.training.progressive import FallingWidths, first_epoch, phase_at
+from mecdeploy.training.units import WeightedUnit
+from mecdeploy.training.watch import SizeWatch
 
 LONG = {"epochs": 4, "frozen_epochs": 1, "fp_epochs": 1}
 
@@ -26,6 +31,9 @@ def two_bits(**schedule):
 @pytest.mark.parametrize(("live", "expected"), [(3, "012"), (6, "001122"), (7, "0001122"), (8, "00011122")])
 def test_shares_are_as_equal_as_they_can_be(live, expected):
     assert "".join(str(phase_at(epoch, live, (8, 4))) for epoch in range(live)) == expected
+    assert [first_epoch(phase, live, (8, 4)) for phase in range(3)] == [
+        expected.index(str(phase)) for phase in range(3)
+    ]
 
 
 def test_each_phase_has_its_widths_and_what_does_not_change_keeps_its_step():
@@ -126,3 +134,31 @@ def test_settings_that_do_not_go_with_it_are_refused():
             TrainingError, match=f"quant.{key} is 0.1 and schedule.progressive .8, 4.; where widths change"
         ):
             TrainConfig(quant=QuantConfig(weight_bits=2, **{key: 0.1}), schedule=schedule)
+
+
+@pytest.mark.usefixtures("tiny_models")
+def test_with_each_width_watches_and_an_average_begin_anew(tmp_path, monkeypatch):
+    """Calibration moves step sizes by far, and an average of what it replaced has no part in the next one."""
+    begun, counted = [], []
+
+    class Watch(SizeWatch):
+        def __init__(self, network):
+            super().__init__(network)
+            if isinstance(network, QuantizedModel):
+                begun.append(sorted({unit.weight_quantizer.bits for unit in weighted_units(network)}))
+
+    class Average(WeightAverage):
+        def update(self, step):
+            counted.append(step)
+            super().update(step)
+
+    monkeypatch.setattr(session, "SizeWatch", Watch)
+    monkeypatch.setattr(state, "WeightAverage", Average)
+    train(two_bits(averaging=0.9), tiny_dataset(), tmp_path)
+    assert begun == [[8], [4, 8], [2, 8], [2, 8]]  # qat, its second and third width, deploy
+    steps = len(counted) // 3
+    assert steps > 1 and counted == 3 * list(range(steps))
+
+
+def weighted_units(network):
+    return [unit for unit in network.units().values() if isinstance(unit, WeightedUnit)]
