@@ -240,7 +240,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(place: Path, call: Call, mo
     outcome = call("compare", "--config", "study.toml", "--out", "dry", "--dry-run")
     assert outcome.code == 0 and not (place / "dry").exists()
     assert "gentle-w4a4-seed0" in outcome.out
-    assert "2 runs, 6 epochs, 7,758 images" in outcome.out, "6 epochs of 1,293 images"
+    assert "2 runs, 6 epochs, 1,950 images" in outcome.out, "6 epochs of 325 images"
 
 
 def test_what_is_refused_leaves_nothing(tmp_path: Path, call: Call) -> None:
