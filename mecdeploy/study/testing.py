@@ -13,7 +13,8 @@ from mecdeploy.study.results import AXES, RESULTS, read_records
 from mecdeploy.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from mecdeploy.training.data import ImageDataset
+    from mecdeploy.training.config import DataConfig
+    from mecdeploy.training.data import ImageDataset, ImageSource
 
 TEST = "test.jsonl"
 
@@ -52,24 +53,35 @@ def write_test_accuracies(out: Path) -> None:
     test.jsonl gets all of them, or is not written.
     """
     records: list[dict[str, Any]] = []
+    loaded: list[tuple[tuple[DataConfig, str], ImageSource]] = []  # few, and each takes long to decode
     for found in read_records(out / RESULTS):
         folder = RunFolder(out / RUNS / found["name"])
-        accuracy, images = _test_accuracy(folder.path, folder.read_config())
-        records.append({**{key: found[key] for key in AXES}, "accuracy": accuracy, "images": images})
+        config = folder.read_config()
+        key = (config.data, config.weights)
+        images = next((images for known, images in loaded if known == key), None)
+        if images is None:
+            images = _test_images(config, folder.path)
+            loaded.append((key, images))
+        accuracy = _accuracy(folder.path, config, images)
+        records.append({**{key: found[key] for key in AXES}, "accuracy": accuracy, "images": len(images)})
     write_json_lines(out / TEST, records)
 
 
-def _test_accuracy(run: Path, config: TrainConfig) -> tuple[float, int]:
-    """Share of the test images that the run gets right, 0..1, in deployed arithmetic; and how many they are."""
+def _test_images(config: TrainConfig, run: Path) -> ImageSource:
+    test = dataset_of(config).test
+    if test is None:
+        raise UserError(f"{config.data.name} has no test part any more; {run} cannot be tested.")
+    return test
+
+
+def _accuracy(run: Path, config: TrainConfig, test: ImageSource) -> float:
+    """Share of the test images that the run gets right, 0..1, in deployed arithmetic."""
     from mecdeploy.training.device import choose_device, place, reproducible
     from mecdeploy.training.evaluate import evaluate
     from mecdeploy.training.run import load_run
     from mecdeploy.training.sensitivity import load_float_network
     from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
 
-    test = dataset_of(config).test
-    if test is None:
-        raise UserError(f"{config.data.name} has no test part any more; {run} cannot be tested.")
     device = choose_device(config.device)
     task: Task
     if config.method == "fp32":
@@ -80,4 +92,4 @@ def _test_accuracy(run: Path, config: TrainConfig) -> tuple[float, int]:
         place(model, device)
         task = QuantizedTask(model, label_smoothing=0.0, device=device)
     with reproducible(device):
-        return evaluate(task, test, device), len(test)
+        return evaluate(task, test, device)
