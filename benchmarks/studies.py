@@ -98,7 +98,7 @@ def _environment(records: list[dict[str, Any]]) -> dict[str, Any]:
         "cores": environment["cores"],
         "threads": environment["threads"],
         "device": environment["gpu"] or "cpu",
-        "versions": environment["versions"],
+        "versions": {name: version.partition("+")[0] for name, version in environment["versions"].items()},
         "collected_at_commit": commit(),
         "seeds": sorted({record["seed"] for record in records}),
     }

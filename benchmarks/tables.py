@@ -179,11 +179,11 @@ def method_targets(result: Result) -> str:
 
 
 def study_table(name: str) -> dict[str, tuple[str, Callable[[Result], str]]]:
-    """Those of one result of benchmarks.studies."""
-    found: dict[str, tuple[str, Callable[[Result], str]]] = {name: (name, study_tables.study)}
-    if load(name)["measured"]:
-        found[f"{name}-measures"] = (name, study_tables.measures)
-    return found
+    """Those of one result of benchmarks.studies; one called ...-measures is about these alone."""
+    if name.endswith("-measures"):
+        return {name: (name, study_tables.measures)}
+    measured = {f"{name}-measures": (name, study_tables.measures)} if load(name)["measured"] else {}
+    return {name: (name, study_tables.study), **measured}
 
 
 def label(model: str) -> str:

@@ -1,6 +1,8 @@
 """The training room: quantisation-aware training, from numbers to a finished run.
 
-    quantizers.py    learned step sizes (LSQ): pure functions, and the two modules that hold a step
+    lsq.py           learned step sizes: pure functions;  fused.py: in one pass;  composed.py: twice differentiable
+    quantizers.py    the modules of activations;  weight_quantizers.py: of weights, on weight_grids.py's grids
+    methods.py       which rules a method goes by: LSQ, LSQ+, PACT, DoReFa
     deployed.py      the arithmetic of onnxruntime's integer kernels, differentiable
     units.py         quantised units: one unit is one integer kernel at run time;  movement.py: those that round nothing
     tracing.py       float module -> flat graph of PyTorch's operators, by torch.export (exporting.py)
@@ -10,8 +12,11 @@
     coding.py        coding rates;  mec.py: the maximum-entropy-coding objective made of them
     distillation.py  the full-precision network as the teacher of the quantised one
     data/            images in memory or streamed;  models/: the networks a config can name
-    loop.py          the stages of a run;  checkpoint.py: what survives it;  config.py: what it can be told
+    averaging.py     an average of the weights;  oscillation.py, progressive.py: other switches of training
+    loop.py          the stages of a run;  session.py: its steps, over a State (state.py);  checkpoint.py: what survives
+    config.py        what a run can be told
     config_values.py, config_sections.py, config_schedule.py, config_rules.py: its choices, sections and combinations
+    representation.py, flatness.py   what can be measured of a finished run beside its accuracy
     seeding.py       one seed, derived for every step: nothing random has a state to lose
 
 Names below load on first use, so that reading a config costs no torch.
