@@ -194,7 +194,12 @@ class _Pool:
 
 def _spawn(out: Path, name: str, command: Sequence[str], threads: int, device: str | None) -> subprocess.Popen[bytes]:
     """Start a command of child.py that writes to the log of this name."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",  # so that an error is the last line of the log, whatever was printed before it
+    }
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     child = [sys.executable, *CHILD, str(os.getpid()), str(note_path(out, name))]
