@@ -28,6 +28,8 @@ def run(arguments: list[str]) -> None:
     """Execute the command, tied to its parent; leaves the process with the command's exit code."""
     parent, note, *command = arguments
     _end_with(int(parent))
+    # A study that was started in the background may have been told to ignore it; here it comes from the study alone.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from mecdeploy.cli import cli, main
 
     for further in commands():
