@@ -267,3 +267,10 @@ def test_results_name_no_machine_and_no_path(tmp_path: Path) -> None:
     import platform
 
     assert platform.node() not in written or len(platform.node()) < 4
+
+
+def test_the_documents_and_the_command_show_the_same_measures() -> None:
+    """Each names its columns for itself: the tables of documents are made without mecdeploy installed."""
+    from mecdeploy.study.tables import TITLES
+
+    assert list(load("study_tables").MEASURES) == list(TITLES)

@@ -93,9 +93,10 @@ class WeightFreezer:
         """After an optimiser step: count, freeze, and put back what is frozen."""
         for name, unit in self.layers.items():
             state = self._states[name]
-            _hold(unit, state)
-            _track(_codes(unit), state, self.threshold)
-            _hold(unit, state)
+            codes, step = unit.weight_quantizer(unit.weight)
+            _track(torch.where(state["frozen"], state["held"].to(codes.dtype), codes), state, self.threshold)
+            middle = state["held"] * step.view(-1, *[1] * (unit.weight.dim() - 1))
+            unit.weight.copy_(torch.where(state["frozen"], middle, unit.weight))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that it knows, for a checkpoint: UNIT.integer and so on, each like the unit's weight."""
@@ -123,8 +124,3 @@ def _track(codes: Tensor, state: dict[str, Tensor], threshold: float) -> None:
     new = (state["frequency"] > threshold) & ~state["frozen"]
     state["held"].copy_(torch.where(new, state["mean"].round(), state["held"]))
     state["frozen"].logical_or_(new)
-
-
-def _hold(unit: WeightedUnit, state: dict[str, Tensor]) -> None:
-    step = unit.weight_quantizer(unit.weight)[1].view(-1, *[1] * (unit.weight.dim() - 1))
-    unit.weight.copy_(torch.where(state["frozen"], state["held"] * step, unit.weight))

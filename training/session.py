@@ -30,8 +30,9 @@ from mecdeploy.training.retention import CheckpointFolder
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import Stage, plan_stages
 from mecdeploy.training.standing import checkpoint_header, epoch_event, stage_event
-from mecdeploy.training.state import State, Tally
+from mecdeploy.training.state import State
 from mecdeploy.training.stepping import Gradients, Measured
+from mecdeploy.training.tally import Tally
 from mecdeploy.training.watch import LossWatch, SizeWatch, watched_loss
 
 

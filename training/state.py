@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +34,8 @@ from mecdeploy.training.published import published_weights
 from mecdeploy.training.resuming import differences, require_same_run
 from mecdeploy.training.seeding import derive_seed
 from mecdeploy.training.stages import FloatTask, QuantizedTask, Task
+from mecdeploy.training.tally import Tally
 from mecdeploy.training.world import ALONE, World
-
-
-@dataclass
-class Tally:
-    """Sums over the part of the current epoch that is done. seconds: training alone."""
-
-    images: int = 0
-    loss: float = 0.0
-    correct: float = 0.0
-    seconds: float = 0.0
-    terms: dict[str, float] = field(default_factory=dict)
-
-    def add(self, images: int, loss: float, correct: float, terms: Mapping[str, float]) -> None:
-        """Count one step: means over its images, and how many of them were right."""
-        self.images += images
-        self.loss += loss * images
-        self.correct += correct
-        for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value * images
-
-    def mean(self, total: float) -> float:
-        """A sum as a mean over the images."""
-        return total / max(1, self.images)
 
 
 class State:

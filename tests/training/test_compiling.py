@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,21 @@ NEW_ENOUGH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= co
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 @pytest.mark.skipif(not NEW_ENOUGH, reason="needs a newer torch")
-def test_a_compiled_step_is_a_step_but_for_rounding() -> None:
-    """Loss and every gradient of a step with the coding objective, from the same state.
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(mec=MecConfig(code=("features", "activations", "weights"))),
+        tiny_config(method="pact"),  # its weights are dorefa's
+        replace(tiny_config(method="lsq"), quant=QuantConfig(weight_bits=2, act_bits=2, weight_grid="midrise")),
+    ],
+    ids=["mec", "pact", "midrise"],
+)
+def test_a_compiled_step_is_a_step_but_for_rounding(config: TrainConfig) -> None:
+    """Loss and every gradient of a step, from the same state.
 
     Sums in float32 are taken in another order: relative to a tensor's largest gradient 1e-3 leaves room for that
     through a few layers, and none for a wrong formula. A code at a tie may fall the other way; none does here.
     """
-    config = tiny_config(method="mec", mec=MecConfig(code=("features", "activations", "weights")))
     dataset = tiny_dataset()
     found = []
     for compile in (False, True):
