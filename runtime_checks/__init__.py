@@ -21,6 +21,7 @@ model_file.py   reading the file and the contract in its metadata
 machine.py      processor and versions
 report.py       the results, as frozen data
 latency.py      interleaved timing of several models
+profiling.py    where the time of a run goes: by node, by kernel, by layer
 """
 
 from mecdeploy.runtime_checks.checks import check_model
@@ -29,12 +30,14 @@ from mecdeploy.runtime_checks.exactness import Reference
 from mecdeploy.runtime_checks.interpreter import Interpreter, interpret
 from mecdeploy.runtime_checks.latency import LatencyReport, compare_latency
 from mecdeploy.runtime_checks.model_file import ModelFile, read_model
+from mecdeploy.runtime_checks.profiling import KernelProfile, profile_kernels
 from mecdeploy.runtime_checks.report import ParityReport
 from mecdeploy.runtime_checks.structure import StructureReport, inspect_structure
 
 __all__ = [
     "CheckError",
     "Interpreter",
+    "KernelProfile",
     "LatencyReport",
     "ModelFile",
     "ParityReport",
@@ -44,5 +47,6 @@ __all__ = [
     "compare_latency",
     "inspect_structure",
     "interpret",
+    "profile_kernels",
     "read_model",
 ]

@@ -69,12 +69,14 @@ def open_session(
     threads: int = 0,
     alone: bool = False,
     save_optimized: str = "",
+    profile: str = "",
 ) -> onnxruntime.InferenceSession:
     """A session at the default optimisation level (or none); CheckError with onnxruntime's first line if it refuses.
 
     alone: onnxruntime's own defaults, to be timed: waiting threads spin, and a session keeps the memory it has used.
     Without them the integers are the same; a check on a busy machine takes less time, and its four sessions less
-    memory. save_optimized: where to write the optimised graph, if anywhere.
+    memory. save_optimized: where to write the optimised graph, if anywhere. profile: what the name of the profiler's
+    trace begins with, where there is to be one; end_profiling() writes it.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
@@ -84,6 +86,9 @@ def open_session(
         options.enable_cpu_mem_arena = False
     if save_optimized:
         options.optimized_model_filepath = save_optimized
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, bytes) else os.fspath(model)

@@ -50,6 +50,11 @@ NOT_FLOAT = frozenset(
 _RENAMED = re.compile(r"(_token_\d+|_nchwc)+$")
 
 
+def original_name(name: str) -> str:
+    """A node's or a tensor's name without what onnxruntime's optimiser appends to it."""
+    return _RENAMED.sub("", name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightStorage:
     """One unit's weights as they lie in the file.
@@ -156,7 +161,7 @@ def _find(graph: onnx.GraphProto, kinds: tuple[str, ...], units: Mapping[str, st
     found = []
     for node in graph.node:
         if node.op_type in kinds:
-            name = _RENAMED.sub("", node.name) or _RENAMED.sub("", node.output[0])
+            name = original_name(node.name) or original_name(node.output[0])
             found.append(units.get(name, name))
     return tuple(found)
 
