@@ -10,28 +10,18 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
-import onnxruntime
+
+from mecdeploy.runtime_checks.runtime import open_session
 
 FLOAT_CONVOLUTIONS = ("Conv", "FusedConv")
 INTEGER_CONVOLUTIONS = ("QLinearConv", "ConvInteger")
-_ERRORS_ONLY = 3
-
-
-def open_session(path: Path, *, optimized: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session with one thread at the default optimisation level; `optimized` receives the graph that will run."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def count_convolutions(path: Path) -> dict[str, int]:
     """Float and integer convolutions in the graph that onnxruntime runs, counted alike for every model."""
     with TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        open_session(path, optimized=optimized)
+        open_session(path, path.name, threads=1, save_optimized=str(optimized))
         kinds = Counter(node.op_type for node in onnx.load(optimized).graph.node)
     return {
         "float_convolutions": sum(kinds[kind] for kind in FLOAT_CONVOLUTIONS),
@@ -47,7 +37,7 @@ def load_times(models: Mapping[str, Path], *, rounds: int) -> dict[str, list[flo
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter()
-            open_session(models[name])
+            open_session(models[name], name, threads=1, alone=True)
             times[name].append((time.perf_counter() - start) * 1e3)
     return times
 

@@ -10,6 +10,7 @@ The public API, loaded on first use so that `import mecdeploy` costs nothing:
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
     predict(model, images)          onnxruntime alone
+    bench(model, against=...)       load time, memory, latency and throughput in onnxruntime, beside others'
     prepare(model, config, spec)    quantise a network of your own; then calibrate, your training loop, export, check
 """
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mecdeploy.api import ExportReport, check, export, train
+    from mecdeploy.benchmark import BenchReport, bench
     from mecdeploy.config import read_config
     from mecdeploy.measures import HessianReport, RepresentationReport, hessian, representation
     from mecdeploy.prediction import Prediction, predict
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mecdeploy.api": ("ExportReport", "check", "train"),
+    "mecdeploy.benchmark": ("BenchReport", "bench"),
     "mecdeploy.config": ("read_config",),
     "mecdeploy.measures": ("HessianReport", "RepresentationReport", "hessian", "representation"),
     "mecdeploy.prediction": ("Prediction", "predict"),
@@ -76,6 +79,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BenchReport",
     "DataConfig",
     "DistillConfig",
     "ExportReport",
@@ -92,6 +96,7 @@ __all__ = [
     "StudyReport",
     "TrainConfig",
     "__version__",
+    "bench",
     "calibrate",
     "check",
     "compare",

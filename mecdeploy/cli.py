@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from mecdeploy import __version__
+from mecdeploy.bench_command import bench
 from mecdeploy.compare_command import compare
 from mecdeploy.errors import UserError
 from mecdeploy.failures import explain, lost_peer, tell_torchrun
@@ -181,6 +182,7 @@ def demo(out: Path | None) -> None:
         raise click.exceptions.Exit(CHECK_FAILED)
 
 
+cli.add_command(bench)
 cli.add_command(compare)
 cli.add_command(sensitivity)
 cli.add_command(representation)

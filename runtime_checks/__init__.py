@@ -21,14 +21,19 @@ model_file.py   reading the file and the contract in its metadata
 machine.py      processor and versions
 report.py       the results, as frozen data
 latency.py      interleaved timing of several models
+loading.py      load time and peak memory, in processes of their own
+  loading_child.py  what runs there
+inputs.py       what any ONNX file reads, and random values of that
 profiling.py    where the time of a run goes: by node, by kernel, by layer
 """
 
 from mecdeploy.runtime_checks.checks import check_model
 from mecdeploy.runtime_checks.errors import CheckError
 from mecdeploy.runtime_checks.exactness import Reference
+from mecdeploy.runtime_checks.inputs import ModelInput, ModelInputs, parse_shape, random_feed, read_inputs
 from mecdeploy.runtime_checks.interpreter import Interpreter, interpret
 from mecdeploy.runtime_checks.latency import LatencyReport, compare_latency
+from mecdeploy.runtime_checks.loading import LoadReport, measure_loading
 from mecdeploy.runtime_checks.model_file import ModelFile, read_model
 from mecdeploy.runtime_checks.profiling import KernelProfile, profile_kernels
 from mecdeploy.runtime_checks.report import ParityReport
@@ -39,7 +44,10 @@ __all__ = [
     "Interpreter",
     "KernelProfile",
     "LatencyReport",
+    "LoadReport",
     "ModelFile",
+    "ModelInput",
+    "ModelInputs",
     "ParityReport",
     "Reference",
     "StructureReport",
@@ -47,6 +55,10 @@ __all__ = [
     "compare_latency",
     "inspect_structure",
     "interpret",
+    "measure_loading",
+    "parse_shape",
     "profile_kernels",
+    "random_feed",
+    "read_inputs",
     "read_model",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,16 @@ def describe_cpu(cpuinfo: str | None = None, architecture: str | None = None) ->
         vnni = any(flag in flags for flag in _VNNI_FLAGS)
     model = fields.get("model name") or platform.processor() or "unknown"
     return Cpu(model=model, architecture=machine, vnni=vnni, note=_note(machine, vnni))
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """Processes wanting a core, mean of the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def versions() -> dict[str, str]:

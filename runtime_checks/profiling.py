@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mecdeploy.runtime_checks.errors import CheckError
 from mecdeploy.runtime_checks.model_file import read_model
 from mecdeploy.runtime_checks.patterns import Graph
-from mecdeploy.runtime_checks.runtime import open_session
+from mecdeploy.runtime_checks.runtime import brief, open_session
 from mecdeploy.runtime_checks.structure import original_name
 
 _KERNEL_TIME = "_kernel_time"
@@ -102,7 +102,7 @@ def profile_kernels(
             for _ in range(warmup + runs):
                 session.run(None, dict(feed))
         except Exception as error:  # onnxruntime's errors share no narrower base class
-            raise CheckError(f"{label}: onnxruntime could not run it ({str(error).splitlines()[0][:300]}).") from None
+            raise CheckError(f"{label}: onnxruntime could not run it ({brief(error)}).") from None
         finally:
             trace = Path(session.end_profiling())  # also closes the file that lies in the folder
         events = json.loads(trace.read_text())

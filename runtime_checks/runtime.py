@@ -44,7 +44,7 @@ class Runtime:
             results = self._session.run(self._names, self._file.feed(pixels))
         except Exception as error:  # onnxruntime's errors share no narrower base class
             label = self._file.label
-            raise CheckError(f"{label}: onnxruntime could not run it ({_brief(error)}). Export it again.") from None
+            raise CheckError(f"{label}: onnxruntime could not run it ({brief(error)}). Export it again.") from None
         return dict(zip(self._names, results, strict=True))
 
 
@@ -73,15 +73,18 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """A session at the default optimisation level (or none); CheckError with onnxruntime's first line if it refuses.
 
-    alone: onnxruntime's own defaults, to be timed: waiting threads spin, and a session keeps the memory it has used.
-    Without them the integers are the same; a check on a busy machine takes less time, and its four sessions less
-    memory. save_optimized: where to write the optimised graph, if anywhere. profile: what the name of the profiler's
-    trace begins with, where there is to be one; end_profiling() writes it.
+    alone: onnxruntime's own defaults, to be timed: waiting threads spin (but not beyond a run, or they would take the
+    cores from the session that is timed next), and a session keeps the memory it has used. Without them the integers
+    are the same; a check on a busy machine takes less time, and its four sessions less memory.
+    save_optimized: where to write the optimised graph, if anywhere. profile: what the name of the profiler's trace
+    begins with, where there is to be one; end_profiling() writes it.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = threads
-    if not alone:
+    if alone:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = False
     if save_optimized:
@@ -95,7 +98,7 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
     except Exception as error:  # onnxruntime's errors share no narrower base class
-        raise CheckError(f"{label}: onnxruntime refuses the model ({_brief(error)}). Export it again.") from None
+        raise CheckError(f"{label}: onnxruntime refuses the model ({brief(error)}). Export it again.") from None
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
@@ -103,6 +106,7 @@ def batches(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The first line of what onnxruntime says."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -37,20 +37,56 @@ def test_models_are_interleaved(tmp_path):
     assert found["large"].ratio_to(found["small"]) > 1  # 64 images against one
 
 
+class Bench:
+    """Sessions and a clock in place of onnxruntime's and the machine's. seconds: what a run of a model takes."""
+
+    def __init__(self, monkeypatch, **seconds):
+        self.seconds, self.calls, self.now = seconds, [], 0.0
+        self.slower = lambda: 1.0
+        monkeypatch.setattr(latency, "open_session", lambda model, name, **options: Session(self, name))
+        monkeypatch.setattr(latency, "perf_counter", lambda: self.now)
+
+    def compare(self, **options):
+        feeds = {name: {"x": np.zeros(1)} for name in self.seconds}
+        return compare_latency(dict.fromkeys(self.seconds, b""), feeds, **options)
+
+
+class Session:
+    def __init__(self, bench, name):
+        self.bench, self.name = bench, name
+
+    def run(self, outputs, feed):
+        self.bench.calls.append(self.name)
+        self.bench.now += self.bench.seconds[self.name] * self.bench.slower()
+
+
 def test_the_order_turns(monkeypatch):
-    calls = []
+    bench = Bench(monkeypatch, a=1, b=1, c=1)
+    bench.compare(rounds=3, warmup=1)
+    assert "".join(bench.calls) == "abc" + "bca" + "cab" + "abc"
 
-    class Session:
-        def __init__(self, name):
-            self.name = name
 
-        def run(self, outputs, feed):
-            calls.append(self.name)
+def test_each_time_is_one_run_of_one_model(monkeypatch):
+    bench = Bench(monkeypatch, a=0.25, b=2.0)
+    bench.slower = lambda: 4.0 if len(bench.calls) > 6 else 1.0  # from the third timed round on
+    found = bench.compare(rounds=4, warmup=1)
+    assert found["a"].rounds == (0.25, 0.25, 1.0, 1.0) and found["b"].rounds == (2.0, 2.0, 8.0, 8.0)
+    assert found["b"].ratios_to(found["a"]) == [8.0] * 4 and found["a"].ratio_to(found["b"]) == 1 / 8
+    assert found["a"].spread == 0.75 / 0.625  # quartiles 0.25 and 1, median halfway between
 
-    monkeypatch.setattr(latency, "open_session", lambda model, name, **options: Session(name))
-    feeds = {name: {"x": np.zeros(1)} for name in "abc"}
-    compare_latency(dict.fromkeys("abc", b""), feeds, rounds=3, warmup=1)
-    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0, 5), (3, 5), (30, 9), (1e6, 20)])
+def test_rounds_go_on_until_the_time_is_over(monkeypatch, seconds, expected):
+    """A round takes 3 s, the warm-up one of them: with 30 s there is time for ten, of which nine count."""
+    bench = Bench(monkeypatch, a=1, b=2)
+    found = bench.compare(rounds=5, warmup=1, seconds=seconds, most=20)
+    assert len(found["a"].rounds) == len(found["b"].rounds) == expected
+
+
+def test_a_feed_that_does_not_fit_is_named():
+    model, feed = residual_network(0).SerializeToString(), {"pixels": images(0, 1, (3, 7, 7))}
+    with pytest.raises(CheckError, match=r"small: onnxruntime cannot run it on pixels \[1, 3, 7, 7\] \(.*INVALID"):
+        compare_latency({"small": model}, {"small": feed})
 
 
 @pytest.mark.parametrize("models, feeds, rounds", [({}, {}, 3), ({"a": b""}, {}, 3), ({"a": b""}, {"a": {}}, 0)])
