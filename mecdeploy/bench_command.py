@@ -22,7 +22,9 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--run", type=_PATH, metavar="RUN", help="MODEL's own run. Default: the folder of MODEL.")
 @click.option("--threads", type=_COUNT, multiple=True, metavar="N", help="Repeatable. Default: 1.")
-@click.option("--batch", type=_COUNT, multiple=True, metavar="N", help="Images a call. Repeatable. Default: 1.")
+@click.option(
+    "--batch", type=_COUNT, multiple=True, metavar="N", help="Images a call. Repeatable. Default: as fixed, or 1."
+)
 @click.option(
     "--shape", multiple=True, metavar="NAME=AxBxC", help="Axes after the batch, where the file leaves them open."
 )

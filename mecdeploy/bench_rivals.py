@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mecdeploy.errors import UserError
 from mecdeploy.run_folder import CONFIG, require_run
+from mecdeploy.training.names import user_file
 
 if TYPE_CHECKING:
     from mecdeploy.training.run import LoadedRun
@@ -35,9 +36,13 @@ def gather(
             continue
         source, kind = found
         if source not in opened:
+            network = require_run(source).read_config().model.name
+            executed = user_file(network)
+            if executed is not None:
+                say(f"Executing {executed[0].absolute()} (model.name is {network})")
             say(f"Writing the full-precision network of {source}")
             path = folder / f"{index}-{FLOAT}.onnx"
-            opened[source] = _write_float(source, path), path
+            opened[source] = _write_float(source, network, path), path
         path = opened[source][1]
         if kind == STATIC:
             say("Quantising it with onnxruntime's quantize_static")
@@ -64,14 +69,14 @@ def _resolve(name: str, model: Path, run: Path | None) -> Path | tuple[Path, str
     return path
 
 
-def _write_float(run: Path, path: Path) -> LoadedRun:
+def _write_float(run: Path, network: str, path: Path) -> LoadedRun:
     import onnx
 
     from mecdeploy.float_baseline import float_onnx
     from mecdeploy.static_int8 import name_global_pools
     from mecdeploy.training.run import load_run
 
-    loaded = load_run(run, model_name=require_run(run).read_config().model.name)
+    loaded = load_run(run, model_name=network)
     spec = loaded.spec
     proto = onnx.load_from_string(
         float_onnx(loaded.float_model, channels=spec.channels, height=spec.height, width=spec.width)

@@ -75,7 +75,11 @@ def random_feed(
     """
     given = dict(shapes or {})
     rng = np.random.default_rng(seed)
-    return {one.name: _draw(rng, one.dtype, _shape(model, one, batch, given.get(one.name))) for one in model.inputs}
+    shaped = {one: _shape(model, one, batch, given.get(one.name)) for one in model.inputs}
+    try:
+        return {one.name: _draw(rng, one.dtype, shape) for one, shape in shaped.items()}
+    except MemoryError:
+        raise CheckError(f"{model.label}: this machine has no memory for a batch of {batch}; take less.") from None
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -61,6 +61,12 @@ def test_a_fixed_batch_is_the_only_one(tmp_path):
         random_feed(found, 1)
 
 
+def test_a_batch_that_no_memory_holds_is_refused(tmp_path):
+    found = read_inputs(write(tmp_path / "wide.onnx", ("image", TensorProto.FLOAT, ["N", 1 << 20, 1 << 20])))
+    with pytest.raises(CheckError, match="wide.onnx: this machine has no memory for a batch of 8192; take less"):
+        random_feed(found, 8192)  # 2^55 bytes: beyond any address space of today
+
+
 def test_open_axes_are_asked_for(tmp_path):
     found = read_inputs(write(tmp_path / "open.onnx", ("image", TensorProto.FLOAT, ["N", 3, "height", "width"])))
     with pytest.raises(CheckError, match="leaves axes open. Give all .* --shape image=3x224x224"):
