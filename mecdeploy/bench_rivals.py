@@ -23,11 +23,15 @@ def gather(
 ) -> dict[str, Path]:
     """The files to time, the model first, by what the user called them; what has to be written goes into `folder`.
 
-    Raises UserError for what is no file, no run and no word that is known, before anything is written.
+    Raises UserError for what is no file, no run and no word that is known, before anything is written; CheckError for
+    a model that cannot be read.
     """
+    from mecdeploy.runtime_checks import read_inputs
+
     if model.is_dir():
         raise UserError(f"{model} is a folder; give the model file in it, such as {model / 'model.onnx'}.")
     resolved = [(name, _resolve(name, model, run)) for name in against]
+    read_inputs(model)  # before the time that it takes to write another
     wanted = [(str(model), model)]
     opened: dict[Path, tuple[LoadedRun, Path]] = {}
     for index, (name, found) in enumerate(resolved):

@@ -97,7 +97,7 @@ class BenchReport:
 def bench(
     model: str | Path,
     *,
-    against: Sequence[str | Path] = (),
+    against: str | Path | Sequence[str | Path] = (),
     run: str | Path | None = None,
     threads: Sequence[int] = (1,),
     batches: Sequence[int] = (),
@@ -123,14 +123,13 @@ def bench(
 
     _require_positive(threads=threads, batches=batches, rounds=[rounds], loads=[loads])
     busy = machine.load_average()
+    path, run = Path(model), None if run is None else Path(run)
+    others = [str(other) for other in ([against] if isinstance(against, str | Path) else against)]
     with TemporaryDirectory(prefix="mecdeploy-") as folder:
-        path = Path(model)
-        others = [str(other) for other in against]
-        files = gather(path, others, run=None if run is None else Path(run), folder=Path(folder), say=say)
+        files = gather(path, others, run=run, folder=Path(folder), say=say)
         inputs = {name: read_inputs(file) for name, file in files.items()}
         _require_known(shapes or {}, inputs)
-        subject, baseline, *_ = [*files, None]
-        assert subject is not None
+        subject, baseline = str(path), next(iter([*files][1:]), None)
         sizes = list(dict.fromkeys(batches)) or [inputs[subject].batch or 1]
         feeds = {
             batch: {name: random_feed(read, batch, shapes=shapes, seed=seed) for name, read in inputs.items()}

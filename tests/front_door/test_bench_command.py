@@ -143,13 +143,13 @@ def test_more_threads_than_cores_are_warned_of(
 ) -> None:
     measured[str(model)] = (1.0,)
     monkeypatch.setattr(runtime_checks.machine, "usable_cores", lambda: 2)
-    warnings = mecdeploy.bench(model, threads=[1, 2, 3]).warnings
+    warnings = mecdeploy.bench(str(model), threads=[1, 2, 3]).warnings
     assert warnings == ("3 threads take turns on 2 cores: give --threads 2 at most.",)
 
 
 def test_models_of_other_images_are_warned_of(measured: dict[str, Any], model: Path, other: Path) -> None:
     measured |= {str(model): (1.0,), str(other): (1.0,)}
-    (warning,) = mecdeploy.bench(model, against=[other], batches=[2]).warnings
+    (warning,) = mecdeploy.bench(model, against=other, batches=[2]).warnings
     assert warning == (
         f"{other} reads [1, 4, 4] where {model} reads [1, 8, 8]: they do different work, and their ratio says nothing."
     )
@@ -177,6 +177,7 @@ def test_a_fixed_batch_is_the_default(measured: dict[str, Any], model: Path, oth
         (lambda model, run: [model, "--shape", "1x8x8"], "is not NAME=AxBxC"),
         (lambda model, run: [model, "--batch", "0"], "0 is not in the range x>=1"),
         (lambda model, run: [run / "run.toml"], "not a readable ONNX file"),
+        (lambda model, run: [run / "none.onnx", "--against", "fp32"], "none.onnx: no such file"),
     ],
 )
 def test_refusals(
