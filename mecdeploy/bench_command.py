@@ -55,8 +55,8 @@ def bench(
 
     from mecdeploy import bench_tables
     from mecdeploy.benchmark import bench as measure
-    from mecdeploy.cli import console_on
     from mecdeploy.runtime_checks import parse_shape
+    from mecdeploy.terminal import console_on
 
     report = measure(
         model,

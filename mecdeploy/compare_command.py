@@ -27,9 +27,9 @@ def compare(config: Path, out: Path | None, jobs: int | None, dry_run: bool) -> 
     """Run every method with every width and seed of a study, resume what was stopped, and compare seed by seed."""
     from rich.console import Console
 
-    from mecdeploy.cli import say_what_is_executed
     from mecdeploy.study import compare as study
     from mecdeploy.study import tables
+    from mecdeploy.terminal import say_what_is_executed
 
     out = out if out is not None else study.default_out(config)
     output = Console(file=sys.stdout)

@@ -25,7 +25,7 @@ _DEVICE = click.option(
 def sensitivity(run: Path, size: str | None, images: int, activations: bool, device: str, out: Path | None) -> None:
     """Measure what each layer of RUN loses at fewer bits, and propose weight bits per layer for a size."""
     from mecdeploy import progress, sensitivity_study, tables
-    from mecdeploy.cli import console_on, network_of, say_what_is_executed
+    from mecdeploy.terminal import console_on, network_of, say_what_is_executed
 
     say_what_is_executed(network_of(run))
     with progress.checking_progress(console_on(sys.stderr)) as report_progress:
@@ -49,7 +49,7 @@ def sensitivity(run: Path, size: str | None, images: int, activations: bool, dev
 def representation(run: Path, images: int | None, part: str, device: str) -> None:
     """Measure how the finished RUN uses its codes (entropy, levels, ends) and spreads its features (rank, classes)."""
     from mecdeploy import measure_tables, measures, progress
-    from mecdeploy.cli import console_on, network_of, say_what_is_executed
+    from mecdeploy.terminal import console_on, network_of, say_what_is_executed
 
     say_what_is_executed(network_of(run))
     with progress.checking_progress(console_on(sys.stderr)) as tell:
@@ -74,7 +74,7 @@ def representation(run: Path, images: int | None, part: str, device: str) -> Non
 def hessian(run: Path, images: int | None, probes: int, iterations: int, seed: int, device: str) -> None:
     """Measure the top eigenvalue and the trace of the loss's Hessian in the weights of the finished RUN."""
     from mecdeploy import measure_tables, measures, progress
-    from mecdeploy.cli import console_on, network_of, say_what_is_executed
+    from mecdeploy.terminal import console_on, network_of, say_what_is_executed
 
     say_what_is_executed(network_of(run))
     with progress.checking_progress(console_on(sys.stderr)) as tell:
