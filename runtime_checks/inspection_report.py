@@ -62,15 +62,16 @@ class FileFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How an activation is stored: real = (code - zero_point) * scale, the smallest and largest where there are several.
+    """How an activation is stored: real = (code - zero_point) * scale.
 
-    bits: of the codes, by their type or by the Clip they go through. scale is (nan, nan) where it is computed at run time.
+    bits: of the codes, by their type or by the Clip they go through. scale, zero_point: smallest and largest, the same
+    where there is one for the tensor; None where they are computed at run time.
     """
 
     dtype: str
     bits: int
-    scale: tuple[float, float]
-    zero_point: tuple[int, int]
+    scale: tuple[float, float] | None
+    zero_point: tuple[int, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,8 @@ class LayerFacts:
     """A layer with weights.
 
     kernel: what onnxruntime runs in its place, None where it fused it away, or refuses the file. arithmetic: "integer",
-    "mixed" (integers multiplied, scaled in float around it), "float", or None with the kernel. input, output: None where
-    they are float. bias: its type in the file, None without one. reasons: why it is not integer.
+    "mixed" (integers multiplied, scaled in float around it), "float", or None with the kernel. input, output: None
+    where they are float. bias: its type in the file, None without one. reasons: why it is not integer.
     """
 
     name: str

@@ -70,16 +70,7 @@ class ModelFile:
 
 def read_model(source: ModelSource) -> ModelFile:
     """Parse and validate a mecdeploy model from a path or its bytes; CheckError says what is wrong and what next."""
-    label, data = _read_bytes(source)
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except Exception:  # protobuf's DecodeError, whose module carries no types
-        raise CheckError(
-            f"{label}: not a readable ONNX file; it is truncated or damaged. Export the run again."
-        ) from None
-    if not proto.graph.node:
-        raise CheckError(f"{label}: holds no ONNX graph. Export the run again.")
+    label, proto, size = parse_model(source)
     metadata = _read_metadata(label, proto)
     try:
         onnx.checker.check_model(proto)
@@ -91,7 +82,7 @@ def read_model(source: ModelSource) -> ModelFile:
         raise CheckError(f"{label}: metadata says input dtype {dtype!r}; known are uint8 and float32. Export it again.")
     return ModelFile(
         label=label,
-        size=len(data),
+        size=size,
         proto=proto,
         units=tuple(map(str, metadata["units"])),
         weight_bits={str(name): int(bits) for name, bits in metadata["weight_bits"].items()},
@@ -103,6 +94,19 @@ def read_model(source: ModelSource) -> ModelFile:
         float_values=tuple(map(str, metadata["float_values"])),
         islands=_islands(label, metadata["islands"]),
     )
+
+
+def parse_model(source: ModelSource) -> tuple[str, onnx.ModelProto, int]:
+    """How messages name any ONNX file, what it holds, and its bytes; data in files beside it is left there."""
+    label, data = _read_bytes(source)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except Exception:  # protobuf's DecodeError, whose module carries no types
+        raise CheckError(f"{label}: not a readable ONNX file; it is truncated or damaged. Export it again.") from None
+    if not proto.graph.node:
+        raise CheckError(f"{label}: holds no ONNX graph. Export it again, or name another file.")
+    return label, proto, len(data)
 
 
 def _islands(label: str, described: dict[str, Any]) -> dict[str, Island]:
@@ -127,7 +131,7 @@ def _read_bytes(source: ModelSource) -> tuple[str, bytes]:
     except OSError as error:
         raise CheckError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
     if not data:
-        raise CheckError(f"{path}: the file is empty. Export the run again.")
+        raise CheckError(f"{path}: the file is empty. Export it again.")
     return path.name, data
 
 

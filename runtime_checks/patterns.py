@@ -106,6 +106,22 @@ class Graph:
             raise fault(node, f"input {index} is not a constant of the file")
         return found.value
 
+    def code_range(self, tensor: str, full: tuple[int, int] = (0, 255)) -> tuple[int, int]:
+        """Smallest and largest code a stored tensor can hold: the Clip's, seen through ops that only move codes.
+
+        full: what its type can hold.
+        """
+        node = self.producers.get(tensor)
+        if node is None or node.op_type not in MOVING:
+            return full
+        if node.op_type == "Clip":
+            given = [index < len(node.input) and node.input[index] != "" for index in (1, 2)]
+            low, high = (int(self.constant(node, i).item()) if given[i - 1] else full[i - 1] for i in (1, 2))
+            return low, high
+        sources = node.input if node.op_type == "Concat" else node.input[:1]
+        ranges = [self.code_range(source, full) for source in sources]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
     def own_tables(self, weight: Constant) -> int:
         """Bytes of the tables that this weight's codes go through, whose initialiser is named for one weight alone.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,22 @@ def expose(file: ModelFile, names: Sequence[str]) -> onnx.ModelProto:
     return copy
 
 
+class Refusal(CheckError):
+    """onnxruntime refuses a model. reason: the first line of why."""
+
+    def __init__(self, label: str, reason: str) -> None:
+        super().__init__(f"{label}: onnxruntime refuses the model ({reason}). Export it again.")
+        self.reason = reason
+
+
+def optimized_graph(model: bytes, label: str) -> onnx.GraphProto:
+    """The graph that onnxruntime runs at its default optimisation level."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        open_session(model, label, save_optimized=str(path))
+        return onnx.load(path).graph
+
+
 def open_session(
     model: bytes | os.PathLike[str],
     label: str,
@@ -71,7 +89,7 @@ def open_session(
     save_optimized: str = "",
     profile: str = "",
 ) -> onnxruntime.InferenceSession:
-    """A session at the default optimisation level (or none); CheckError with onnxruntime's first line if it refuses.
+    """A session at the default optimisation level (or none); Refusal with onnxruntime's first line if it refuses.
 
     alone: onnxruntime's own defaults, to be timed: waiting threads spin (but not beyond a run, or they would take the
     cores from the session that is timed next), and a session keeps the memory it has used. Without them the integers
@@ -98,7 +116,7 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
     except Exception as error:  # onnxruntime's errors share no narrower base class
-        raise CheckError(f"{label}: onnxruntime refuses the model ({brief(error)}). Export it again.") from None
+        raise Refusal(label, brief(error)) from None
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

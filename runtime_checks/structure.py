@@ -7,45 +7,20 @@ The metadata is only what they are compared with.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import onnx
 
 from mecdeploy.runtime_checks.model_file import ModelFile, ModelSource, read_model
-from mecdeploy.runtime_checks.patterns import MOVING, Graph, Product, island_of
-from mecdeploy.runtime_checks.runtime import open_session
+from mecdeploy.runtime_checks.op_types import FLOAT_PRODUCTS, INTEGER_PRODUCTS, is_float
+from mecdeploy.runtime_checks.patterns import Graph, Product, island_of
+from mecdeploy.runtime_checks.runtime import optimized_graph
 
-INTEGER_PRODUCTS = ("QLinearConv", "QGemm", "QLinearMatMul")
-FLOAT_PRODUCTS = (
-    "Conv",  # of onnxruntime's nchwc domain too
-    "FusedConv",
-    "NhwcFusedConv",
-    "ConvTranspose",
-    "Gemm",
-    "FusedGemm",
-    "MatMul",
-    "FusedMatMul",
-    "MatMulNBits",
-    "ConvInteger",  # the last four multiply integers but scale in float around it
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
-)
 INT16_MAX = 32767
-NOT_FLOAT = frozenset(
-    {
-        *INTEGER_PRODUCTS, "QuantizeLinear", "DequantizeLinear", "MaxPool", "NhwcMaxPool", "Clip", "Flatten", "Reshape",
-        "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Gather", "Expand", "Tile", "Cast", "Identity",
-        "Shape", "Constant",
-    }
-)  # fmt: skip
-"""Integer kernels, and what only moves or selects values; QLinear kernels go by their prefix."""
 
 _RENAMED = re.compile(r"(_token_\d+|_nchwc)+$")
 
@@ -118,10 +93,10 @@ def inspect_structure(model: ModelSource | ModelFile) -> StructureReport:
     graph = Graph(file.proto.graph, file.islands)
     products = graph.products()
     names = {product.node.name: product.unit for product in products}
-    optimized = optimized_graph(file)
+    optimized = optimized_graph(file.proto.SerializeToString(), file.label)
     integer = _find(optimized, INTEGER_PRODUCTS, names)
     floating = _outside_islands(_find(optimized, FLOAT_PRODUCTS, names), integer, products, file.islands)
-    float_nodes = [node for node in optimized.node if _is_float(node)]
+    float_nodes = [node for node in optimized.node if is_float(node)]
     weights = tuple(_measure(graph, product, file.weight_bits) for product in products)
     return StructureReport(
         kernels=_count(optimized.node),
@@ -148,14 +123,6 @@ def inspect_structure(model: ModelSource | ModelFile) -> StructureReport:
     )
 
 
-def optimized_graph(file: ModelFile) -> onnx.GraphProto:
-    """The graph that onnxruntime runs at its default optimisation level."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        open_session(file.proto.SerializeToString(), file.label, save_optimized=str(path))
-        return onnx.load(path).graph
-
-
 def _find(graph: onnx.GraphProto, kinds: tuple[str, ...], units: Mapping[str, str]) -> tuple[str, ...]:
     """Nodes of these op types by unit; the optimiser appends to names, and drops some."""
     found = []
@@ -178,11 +145,6 @@ def _outside_islands(
     if islands and units <= set(integer):
         return tuple(name for name in floating if name in units)
     return tuple(name for name in floating if island_of(name, islands) is None)
-
-
-def _is_float(node: onnx.NodeProto) -> bool:
-    copies = node.op_type == "Sum" and len(node.input) == 1
-    return node.op_type not in NOT_FLOAT and not node.op_type.startswith("QLinear") and not copies
 
 
 def _count(nodes: Iterable[onnx.NodeProto]) -> dict[str, int]:
@@ -245,7 +207,7 @@ def _promise_failures(file: ModelFile, graph: Graph, weights: tuple[WeightStorag
             continue
         if not graph.is_stored(name):
             continue
-        bits, promised = _largest_code(graph, name).bit_length(), file.activation_bits.get(name)
+        bits, promised = graph.code_range(name)[1].bit_length(), file.activation_bits.get(name)
         if bits != promised:
             failures.append(
                 f"{name}: the integers are held at {bits} bits, the metadata promises "
@@ -273,15 +235,4 @@ def _bias_failures(product: Product) -> list[str]:
 
 def _may_saturate(graph: Graph, product: Product) -> bool:
     largest_weight = max(int(product.weight.max(initial=0)), -int(product.weight.min(initial=0)))
-    return 2 * _largest_code(graph, product.input.tensor) * largest_weight > INT16_MAX
-
-
-def _largest_code(graph: Graph, tensor: str) -> int:
-    """What a stored tensor can hold: the Clip's maximum, seen through ops that only move codes, else 255."""
-    node = graph.producers.get(tensor)
-    if node is None or node.op_type not in MOVING:
-        return 255
-    if node.op_type == "Clip" and len(node.input) > 2 and node.input[2]:
-        return int(graph.constant(node, 2).item())
-    sources = node.input if node.op_type == "Concat" else node.input[:1]
-    return max(_largest_code(graph, source) for source in sources)
+    return 2 * graph.code_range(product.input.tensor)[1] * largest_weight > INT16_MAX

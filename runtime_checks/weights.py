@@ -2,8 +2,9 @@
 
 A weight reaches its DequantizeLinear as int8, as INT4 or INT2 through a Cast, or as packed codes through a table
 (Cast -> Gather -> Reshape, with a Slice where the last code is not full), whose rows hold weights, or positions among
-levels of the layer's own (a second Cast -> Gather). onnxruntime folds those nodes when it loads
-the file; here they are evaluated again from the bytes.
+levels of the layer's own (a second Cast -> Gather). Other tools clip int8 weights to fewer bits, transpose them, or store
+floats that the file quantises. onnxruntime folds those nodes when it loads the file; here they are evaluated again from
+the bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from mecdeploy.runtime_checks.errors import CheckError
 Array = NDArray[np.generic]
 
 _PACKED_BITS: dict[int, int] = {TensorProto.INT4: 4, getattr(TensorProto, "INT2", -1): 2}
+_OTHER_PACKED_BITS: dict[int, int] = {
+    TensorProto.UINT4: 4,
+    getattr(TensorProto, "UINT2", -1): 2,
+    getattr(TensorProto, "FLOAT4E2M1", -1): 4,
+}
+"""Of other tools; numpy_helper unpacks them."""
+
 _CAST_TYPES: dict[int, type[np.generic]] = {
     TensorProto.INT8: np.int8,
     TensorProto.UINT8: np.uint8,
@@ -35,7 +43,7 @@ class Constant:
 
     bits: information per element as the storage allows it: 8, 4, 2, or log2(rows) / columns of a table, rounded up.
     per_code, code_bytes: elements in one stored code, and its size. stored_bytes: of the codes, tables left out.
-    source: initialiser the codes come from. tables: those that they are read through.
+    source: initialiser the codes come from. tables: those that they are read through. clipped: whether a Clip was.
     """
 
     value: Array
@@ -46,6 +54,7 @@ class Constant:
     stored_bytes: int
     source: str
     tables: tuple[str, ...] = ()
+    clipped: bool = False
 
 
 def unpack_signed(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int8]:
@@ -76,7 +85,7 @@ class Constants:
         node = self._producers.get(name)
         if node is None or node.op_type not in _FOLDS:
             return None
-        inputs = [self.get(item) for item in node.input]
+        inputs = [self.get(item) for item in node.input if item]
         known = [item for item in inputs if item is not None]
         if len(known) != len(inputs):
             return None
@@ -103,7 +112,7 @@ def _decode(tensor: TensorProto) -> Constant:
             value = value.astype(np.int8) if bits is not None else value
     except (ValueError, TypeError) as error:
         raise CheckError(f"initialiser {tensor.name!r} cannot be decoded ({error}). Export the run again.") from None
-    width = bits if bits is not None else 8 * value.dtype.itemsize
+    width = bits or _OTHER_PACKED_BITS.get(tensor.data_type) or 8 * value.dtype.itemsize
     return Constant(
         value=value,
         storage=f"int{bits}" if bits is not None else str(value.dtype),
@@ -136,6 +145,39 @@ def _cast(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
     return replace(inputs[0], value=inputs[0].value.astype(_CAST_TYPES[target]))
 
 
+def _clip(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
+    """Bounds may be left out, each by an empty name."""
+    data, *given = (item.value for item in inputs)
+    bounds = iter(given)
+    low, high = (next(bounds) if index < len(node.input) and node.input[index] else None for index in (1, 2))
+    return replace(inputs[0], value=np.clip(data, low, high), clipped=True)
+
+
+def _transpose(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
+    order = _attribute(node, "perm")
+    return replace(inputs[0], value=np.transpose(inputs[0].value, order if isinstance(order, list) else None))
+
+
+def _identity(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
+    return inputs[0]
+
+
+def _quantize(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
+    """Float weights that the file itself quantises: clamp(round(x / scale) + zero_point), half to even."""
+    data, scale = inputs[0].value, inputs[1].value
+    zero_point = inputs[2].value if len(inputs) > 2 else np.zeros((), np.uint8)
+    if zero_point.dtype not in (np.int8, np.uint8) or scale.size != 1 and scale.ndim != 1:
+        raise ValueError(f"quantized to {zero_point.dtype} with scales of shape {list(scale.shape)}")
+    axis = _attribute(node, "axis", 1)
+    assert isinstance(axis, int)
+    along = [1] * data.ndim
+    if scale.size > 1:
+        along[axis] = -1
+    limits = np.iinfo(zero_point.dtype)
+    codes = np.rint(data / scale.reshape(along)) + zero_point.reshape(along if zero_point.size > 1 else [])
+    return replace(inputs[0], value=np.clip(codes, limits.min, limits.max).astype(zero_point.dtype))
+
+
 def _reshape(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
     data, shape = inputs[0].value, inputs[1].value
     sizes = [data.shape[i] if size == 0 else int(size) for i, size in enumerate(shape.tolist())]
@@ -164,4 +206,14 @@ def _look_up(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
     return replace(found, storage="table", bits=math.ceil(math.log2(rows) / columns), per_code=columns)
 
 
-_FOLDS = {"Constant": _constant, "Cast": _cast, "Reshape": _reshape, "Slice": _slice, "Gather": _look_up}
+_FOLDS = {
+    "Constant": _constant,
+    "Cast": _cast,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Gather": _look_up,
+    "Clip": _clip,
+    "Transpose": _transpose,
+    "Identity": _identity,
+    "QuantizeLinear": _quantize,
+}

@@ -11,8 +11,8 @@ from qdq_storage import STORAGES, STORED_BITS
 from qdq_units import mobile_network
 
 from mecdeploy.runtime_checks import CheckError, inspect_structure, read_model
-from mecdeploy.runtime_checks.runtime import Runtime, expose
-from mecdeploy.runtime_checks.structure import INTEGER_PRODUCTS, optimized_graph
+from mecdeploy.runtime_checks.op_types import INTEGER_PRODUCTS
+from mecdeploy.runtime_checks.runtime import Runtime, expose, optimized_graph
 
 PACKED = ("narrow", "block.conv1", "block.conv2", "depthwise", "grouped", "hidden")
 PLAIN = ("stem", "short", "classifier")
@@ -51,7 +51,8 @@ def test_exposing_units_leaves_the_kernels_and_the_logits_alone():
     file = read_model(model.SerializeToString())
     exposed = read_model(model.SerializeToString())
     exposed.proto.CopyFrom(expose(file, file.units))
-    kinds = [Counter(node.op_type for node in optimized_graph(item).node) for item in (file, exposed)]
+    optimized = [optimized_graph(item.proto.SerializeToString(), item.label) for item in (file, exposed)]
+    kinds = [Counter(node.op_type for node in graph.node) for graph in optimized]
     for kind in (
         *INTEGER_PRODUCTS,
         "QLinearAdd",
