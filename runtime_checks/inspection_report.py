@@ -64,12 +64,13 @@ class FileFacts:
 class Quantization:
     """How an activation is stored: real = (code - zero_point) * scale.
 
-    bits: of the codes, by their type or by the Clip they go through. scale, zero_point: smallest and largest, the same
-    where there is one for the tensor; None where they are computed at run time.
+    bits: of the codes, by their type or by the Clip they go through. scales: how many there are, 1 for the whole tensor.
+    scale, zero_point: smallest and largest; None where they are computed at run time.
     """
 
     dtype: str
     bits: int
+    scales: int
     scale: tuple[float, float] | None
     zero_point: tuple[int, int] | None
 
@@ -116,7 +117,8 @@ class LayerFacts:
 
     kernel: what onnxruntime runs in its place, None where it fused it away, or refuses the file. arithmetic: "integer",
     "mixed" (integers multiplied, scaled in float around it), "float", or None with the kernel. input, output: None
-    where they are float. bias: its type in the file, None without one. reasons: why it is not integer.
+    where they are float. bias: its type in the file, None without one, and bias_size numbers. reasons: why it is not
+    integer.
     """
 
     name: str
@@ -127,6 +129,7 @@ class LayerFacts:
     input: Quantization | None
     output: Quantization | None
     bias: str | None
+    bias_size: int
     reasons: tuple[Reason, ...]
 
 

@@ -169,7 +169,7 @@ class Graph:
         bias, bias_scale = self._bias(node, weight.shape[axis])
         return Product(
             node=node,
-            unit=stored.source.split("/weight")[0] if "/weight" in stored.source else node.name,
+            unit=unit_of(stored, node),
             input=self.dequantized(node, 0),
             weight=np.moveaxis(weight, axis, 0),
             weight_scale=scale,
@@ -216,6 +216,11 @@ class Graph:
         if source is None or stored is None or stored.value.dtype != np.int32 or stored.value.size != channels:
             raise fault(node, f"its bias is not {channels} int32 values through a DequantizeLinear")
         return stored.value.astype(np.int32), self.constant(source, 1).reshape(-1).astype(np.float32)
+
+
+def unit_of(weight: Constant, node: onnx.NodeProto) -> str:
+    """The unit that a layer is: its weights carry the name."""
+    return weight.source.split("/weight")[0] if "/weight" in weight.source else str(node.name)
 
 
 def island_of(node_name: str, islands: Collection[str]) -> str | None:
