@@ -18,8 +18,8 @@ def cautions(graph: Graph, node: onnx.NodeProto, layer: LayerFacts) -> Iterator[
     found = find_weight(graph, node, 1) if node.op_type == "Conv" else None
     if found is not None and found.axis is not None and found.axis % found.constant.value.ndim != 0:
         yield (
-            f"{layer.name}: the scales of its weight lie along axis {found.axis}, but {layer.kernel} takes one for each "
-            "output channel (axis 0): it fails, or computes something else than the file says."
+            f"{layer.name}: the scales of its weight lie along axis {found.axis}, but {layer.kernel} takes one for "
+            "each output channel (axis 0): it fails, or computes something else than the file says."
         )
     for side, stored in (("input", layer.input), ("output", layer.output)):
         if stored is not None and stored.scales > 1:

@@ -20,7 +20,7 @@ _READERS = 3
 
 
 def facts(path: Path, size: int, proto: onnx.ModelProto) -> FileFacts:
-    """The file as it lies on the disk, data beside it not read. size: of the file itself. Parameters are not counted."""
+    """The file as it lies on the disk, data beside it not read. size: of the file itself. It counts no parameters."""
     tensors = tuple(sorted(_tensors(proto.graph), key=lambda tensor: -tensor.bytes))
     inside = sum(tensor.bytes for tensor in tensors if tensor.external is None)
     metadata = sum(entry.ByteSize() for entry in proto.metadata_props)

@@ -64,8 +64,8 @@ class FileFacts:
 class Quantization:
     """How an activation is stored: real = (code - zero_point) * scale.
 
-    bits: of the codes, by their type or by the Clip they go through. scales: how many there are, 1 for the whole tensor.
-    scale, zero_point: smallest and largest; None where they are computed at run time.
+    bits: of the codes, by their type or by the Clip they go through. scales: how many there are, 1 for a whole
+    tensor. scale, zero_point: smallest and largest; None where they are computed at run time.
     """
 
     dtype: str

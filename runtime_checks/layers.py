@@ -1,4 +1,4 @@
-"""Layers with weights in any ONNX graph: how their weights are stored, and how what they read and write is quantised."""
+"""Layers with weights in any ONNX graph: how their weights are stored, how what they read and write is quantised."""
 
 from __future__ import annotations
 
@@ -133,9 +133,7 @@ def measure(graph: Graph, node: onnx.NodeProto, found: FoundWeight) -> Weights:
     zero_point, dtype = found.zero_point, str(constant.value.dtype)
     if constant.storage in ("int4", "int2") and found.dequantize is not None:
         dtype = constant.storage if found.dequantize.input[0] == constant.source else dtype  # no Cast in between
-    if (
-        constant.storage in ("uint4", "uint2") and integers is None
-    ):  # ml_dtypes' own, which numpy does not count as integers
+    if constant.storage in ("uint4", "uint2") and integers is None:  # ml_dtypes' own types
         integers = constant.value.astype(np.uint8)
     distinct = np.unique(integers) if integers is not None and integers.size else None
     per = None
@@ -183,7 +181,7 @@ def described(graph: Graph, codes: str, scale: Array | None, zero_point: Array |
         low, high = int(limits.min), int(limits.max)
     return Quantization(
         dtype=str(kind),
-        bits=max(1, (high - low).bit_length()),
+        bits=_bits(low, high),
         scales=1 if scale is None else scale.size,
         scale=_ends(scale),
         zero_point=_whole_ends(zero_point) if zero_point is not None else (0, 0),
@@ -249,7 +247,7 @@ def _unpacked(node: onnx.NodeProto, blocks: Constant) -> Constant:
 
 
 def _width(integers: Array, zero_point: Array | None, axis: int | None) -> int:
-    """Bits that hold every value less its zero point, in two's complement if one is negative."""
+    """Bits that hold every value less its zero point."""
     low, high = int(integers.min(initial=0)), int(integers.max(initial=0))
     if zero_point is not None and zero_point.dtype.kind in "iu" and zero_point.any():
         shape = [1] * integers.ndim
@@ -258,6 +256,11 @@ def _width(integers: Array, zero_point: Array | None, axis: int | None) -> int:
         if zero_point.size == 1 or -1 in shape:
             centred = integers.astype(np.int64) - zero_point.astype(np.int64).reshape(shape)
             low, high = int(centred.min(initial=0)), int(centred.max(initial=0))
+    return _bits(low, high)
+
+
+def _bits(low: int, high: int) -> int:
+    """Bits that hold every integer of a range, in two's complement if one is negative."""
     return max(1, high.bit_length() if low >= 0 else 1 + max((-low - 1).bit_length(), high.bit_length()))
 
 

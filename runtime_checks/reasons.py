@@ -176,7 +176,8 @@ def _weight(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
     if found.constant.storage in ("int4", "int2", "uint4", "uint2") and dequantize.input[0] == tensor:
         yield Reason(
             kind="packed-weight",
-            what=f"its weight {tensor} goes into DequantizeLinear as {found.constant.storage}; integer kernels take int8",
+            what=f"its weight {tensor} goes into DequantizeLinear as {found.constant.storage}; integer kernels take 8 bits, "
+            "so that it needs a Cast to int8 before it",
         )
     elif found.constant.value.dtype not in (np.int8, np.uint8):
         what = f"its weight {tensor} is stored as {found.constant.value.dtype}; integer kernels take 8 bits"
@@ -220,17 +221,10 @@ def _bias(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
         what = f"its bias {dequantize.input[0]} is stored as {stored.value.dtype}; integer kernels take int32"
         yield Reason(kind="bias-type", what=what)
     weight, source = find_weight(graph, node, 1), graph.producers.get(node.input[0])
-    scale = value(graph, dequantize.input, 1)
-    if (
-        source is None
-        or source.op_type != "DequantizeLinear"
-        or weight is None
-        or weight.scale is None
-        or scale is None
-    ):
+    if source is None or source.op_type != "DequantizeLinear" or weight is None or weight.scale is None or weight.block:
         return
-    input_scale = value(graph, source.input, 1)
-    if input_scale is None or weight.block:
+    scale, input_scale = value(graph, dequantize.input, 1), value(graph, source.input, 1)
+    if scale is None or input_scale is None:
         return
     expected = input_scale.astype(np.float64).reshape(-1) * weight.scale.astype(np.float64).reshape(-1)
     given = scale.astype(np.float64).reshape(-1)

@@ -2,9 +2,9 @@
 
 A weight reaches its DequantizeLinear as int8, as INT4 or INT2 through a Cast, or as packed codes through a table
 (Cast -> Gather -> Reshape, with a Slice where the last code is not full), whose rows hold weights, or positions among
-levels of the layer's own (a second Cast -> Gather). Other tools clip int8 weights to fewer bits, transpose them, or store
-floats that the file quantises. onnxruntime folds those nodes when it loads the file; here they are evaluated again from
-the bytes.
+levels of the layer's own (a second Cast -> Gather). Other tools clip int8 weights to fewer bits, transpose them, or
+store floats that the file quantises. onnxruntime folds those nodes when it loads the file; here they are evaluated
+again from the bytes.
 """
 
 from __future__ import annotations
