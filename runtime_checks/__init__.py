@@ -31,6 +31,8 @@ from mecdeploy.runtime_checks.checks import check_model
 from mecdeploy.runtime_checks.errors import CheckError
 from mecdeploy.runtime_checks.exactness import Reference
 from mecdeploy.runtime_checks.inputs import ModelInput, ModelInputs, parse_shape, random_feed, read_inputs
+from mecdeploy.runtime_checks.inspection import inspect_model
+from mecdeploy.runtime_checks.inspection_report import InspectionReport
 from mecdeploy.runtime_checks.interpreter import Interpreter, interpret
 from mecdeploy.runtime_checks.latency import LatencyReport, compare_latency
 from mecdeploy.runtime_checks.loading import LoadReport, measure_loading
@@ -41,6 +43,7 @@ from mecdeploy.runtime_checks.structure import StructureReport, inspect_structur
 
 __all__ = [
     "CheckError",
+    "InspectionReport",
     "Interpreter",
     "KernelProfile",
     "LatencyReport",
@@ -53,6 +56,7 @@ __all__ = [
     "StructureReport",
     "check_model",
     "compare_latency",
+    "inspect_model",
     "inspect_structure",
     "interpret",
     "measure_loading",

@@ -176,8 +176,8 @@ def _weight(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
     if found.constant.storage in ("int4", "int2", "uint4", "uint2") and dequantize.input[0] == tensor:
         yield Reason(
             kind="packed-weight",
-            what=f"its weight {tensor} goes into DequantizeLinear as {found.constant.storage}; integer kernels take 8 bits, "
-            "so that it needs a Cast to int8 before it",
+            what=f"its weight {tensor} goes into DequantizeLinear as {found.constant.storage}; integer kernels take "
+            "int8, which a Cast before it makes",
         )
     elif found.constant.value.dtype not in (np.int8, np.uint8):
         what = f"its weight {tensor} is stored as {found.constant.value.dtype}; integer kernels take 8 bits"
@@ -190,11 +190,9 @@ def _weight(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
     if len(dequantize.input) < 3 or not dequantize.input[2]:
         what = f"the DequantizeLinear of its weight {tensor} has no zero point, which a Gemm needs even where it is 0"
         yield Reason(kind="weight-zero-point", what=what)
-    changed = {name: attributes[name] for name in ("alpha", "beta") if attributes.get(name, 1.0) != 1.0}
-    changed |= {"transA": 1} if attributes.get("transA", 0) else {}
-    if changed:
-        shown = ", ".join(f"{name} is {number:g}" for name, number in changed.items())
-        yield Reason(kind="gemm-attributes", what=f"{shown}; QGemm has neither factors nor transA")
+    changed = [f"{name} is {attributes[name]:g}" for name in ("alpha", "beta") if attributes.get(name, 1.0) != 1.0]
+    if changed and len(node.input) > 2:
+        yield Reason(kind="gemm-attributes", what=f"it has a bias, and {', '.join(changed)} instead of 1")
     outputs = 0 if attributes.get("transB", 0) else 1
     if found.axis is not None and not found.block and graph.producers.get(node.input[index]) is dequantize:
         axis = found.axis % found.constant.value.ndim
@@ -224,13 +222,14 @@ def _bias(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
     if source is None or source.op_type != "DequantizeLinear" or weight is None or weight.scale is None or weight.block:
         return
     scale, input_scale = value(graph, dequantize.input, 1), value(graph, source.input, 1)
-    if scale is None or input_scale is None:
-        return
+    if node.op_type != "Conv" or scale is None or input_scale is None or input_scale.size != 1:
+        return  # a QGemm reads the integers alone
     expected = input_scale.astype(np.float64).reshape(-1) * weight.scale.astype(np.float64).reshape(-1)
     given = scale.astype(np.float64).reshape(-1)
     off = given.size > 1 and expected.size > 1 and given.size != expected.size
     if off or not np.allclose(given, expected, rtol=BIAS_TOLERANCE, atol=0):
-        ratio = "" if off else f" (up to {float(np.max(np.maximum(given / expected, expected / given))):.3g} times off)"
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = "" if off else f" (up to {np.max(np.maximum(given / expected, expected / given)):.3g} times off)"
         what = f"the scale of its bias {dequantize.input[0]} is not input scale times weight scale{ratio}"
         yield Reason(kind="bias-scale", what=what)
 
