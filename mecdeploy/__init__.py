@@ -9,6 +9,7 @@ The public API, loaded on first use so that `import mecdeploy` costs nothing:
     hessian(run)                    how sharp its minimum is
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
+    inspect(model)                  what is in any ONNX file, and what onnxruntime makes of it
     predict(model, images)          onnxruntime alone
     bench(model, against=...)       load time, memory, latency and throughput in onnxruntime, beside others'
     prepare(model, config, spec)    quantise a network of your own; then calibrate, your training loop, export, check
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from mecdeploy.api import ExportReport, check, export, train
     from mecdeploy.benchmark import BenchReport, bench
+    from mecdeploy.api import ExportReport, check, export, inspect, train
     from mecdeploy.config import read_config
     from mecdeploy.measures import HessianReport, RepresentationReport, hessian, representation
     from mecdeploy.prediction import Prediction, predict
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "mecdeploy.api": ("ExportReport", "check", "train"),
     "mecdeploy.benchmark": ("BenchReport", "bench"),
+    "mecdeploy.api": ("ExportReport", "check", "inspect", "train"),
     "mecdeploy.config": ("read_config",),
     "mecdeploy.measures": ("HessianReport", "RepresentationReport", "hessian", "representation"),
     "mecdeploy.prediction": ("Prediction", "predict"),
@@ -102,6 +105,7 @@ __all__ = [
     "compare",
     "export",
     "hessian",
+    "inspect",
     "predict",
     "prepare",
     "read_config",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mecdeploy.runtime_checks import ParityReport
+    from mecdeploy.runtime_checks import InspectionReport, ParityReport
     from mecdeploy.training.data import ImageSource
     from mecdeploy.training.loop import TrainResult
     from mecdeploy.training.model import QuantizedModel
@@ -192,6 +192,16 @@ def check(
         report = dataclasses.replace(report, failures=(reason, *report.failures))
     run_folder.write_json(folder.path / run_folder.PARITY, report.to_json())
     return report
+
+
+def inspect(model: str | Path) -> InspectionReport:
+    """Say what is in any ONNX file and what onnxruntime makes of it: kernels, float islands with reasons, bytes.
+
+    Raises CheckError for what is no ONNX file; one that onnxruntime refuses is none, `report.runtime.error` says why.
+    """
+    from mecdeploy.runtime_checks import inspect_model
+
+    return inspect_model(model)
 
 
 def _compare(

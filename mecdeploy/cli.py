@@ -21,6 +21,7 @@ from mecdeploy.bench_command import bench
 from mecdeploy.compare_command import compare
 from mecdeploy.errors import UserError
 from mecdeploy.failures import explain, lost_peer, tell_torchrun
+from mecdeploy.inspect_command import inspect
 from mecdeploy.measure_commands import hessian, representation, sensitivity
 from mecdeploy.terminal import INTERRUPTED, console_on, interruptible, network_of, say_what_is_executed
 from mecdeploy.train_command import BITS, train
@@ -121,6 +122,7 @@ def demo(out: Path | None) -> None:
 cli.add_command(bench)
 cli.add_command(train)
 cli.add_command(compare)
+cli.add_command(inspect)
 cli.add_command(sensitivity)
 cli.add_command(representation)
 cli.add_command(hessian)

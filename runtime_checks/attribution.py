@@ -87,9 +87,11 @@ def attribute(proto: onnx.ModelProto, label: str) -> Attribution:
     graph = Graph(proto.graph)
     writer = {name: index for index, node in enumerate(proto.graph.node) for name in node.output if name}
     owners: dict[int, set[int]] = defaultdict(set)
-    for position, kernel in enumerate(optimized.node):
+    # what only brings a kernel's output into another layout comes last: the tensor it writes is that kernel's
+    for position, kernel in sorted(enumerate(optimized.node), key=lambda item: item[1].op_type == "ReorderOutput"):
         for index in {*map(int, _MARK.findall(kernel.name)), *_written(kernel, writer)}:
-            owners[index].add(position)
+            if kernel.op_type != "ReorderOutput" or index not in owners:
+                owners[index].add(position)
     places = {id(node): index for index, node in enumerate(proto.graph.node)}
     for index in reversed(range(len(proto.graph.node))):
         node = proto.graph.node[index]

@@ -101,7 +101,7 @@ def _measured(tensor: TensorProto, name: str, readers: dict[str, list[str]]) -> 
         size = len(tensor.raw_data) if tensor.HasField("raw_data") else _fields_size(tensor)
     return TensorBytes(
         name=name,
-        dtype=TensorProto.DataType.Name(tensor.data_type).lower(),
+        dtype=_dtype(tensor.data_type),
         shape=tuple(tensor.dims),
         bytes=size,
         external=external,
@@ -133,8 +133,15 @@ def _port(value: onnx.ValueInfoProto) -> Port:
         sizes.append(size.dim_value if size.HasField("dim_value") else size.dim_param or None)
     return Port(
         name=value.name,
-        dtype=TensorProto.DataType.Name(tensor.elem_type).lower(),
+        dtype=_dtype(tensor.elem_type),
         shape=tuple(sizes) if tensor.HasField("shape") else None,
+    )
+
+
+def _dtype(kind: int) -> str:
+    """numpy's name of an element type: float32, where ONNX says FLOAT."""
+    return {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}.get(
+        kind, str(TensorProto.DataType.Name(kind)).lower()
     )
 
 

@@ -184,7 +184,7 @@ def described(graph: Graph, codes: str, scale: Array | None, zero_point: Array |
         bits=_bits(low, high),
         scales=1 if scale is None else scale.size,
         scale=_ends(scale),
-        zero_point=_whole_ends(zero_point) if zero_point is not None else (0, 0),
+        zero_point=_whole_ends(zero_point) if zero_point is not None else None if scale is None else (0, 0),
     )
 
 
@@ -203,6 +203,9 @@ def input_of(graph: Graph, node: onnx.NodeProto) -> Quantization | None:
     if operands.weight == 1 and weight_index(graph, node) == 0:
         data = 1
     if operands.scales is None or operands.scales[0] < 0:
+        writer = graph.producers.get(node.input[data])
+        if writer is not None and writer.op_type == "DynamicQuantizeLinear":
+            return described(graph, node.input[data], None, None)
         return dequantized_from(graph, node.input[data])
     assert operands.zero_points is not None
     zero_point = value(graph, node.input, operands.zero_points[0])

@@ -42,6 +42,9 @@ INTEGER_KERNELS = {
 }
 """What onnxruntime makes of an operator between DequantizeLinear and QuantizeLinear."""
 
+CONSEQUENCES = ("float-input", "float-output")
+"""Of operators beside a float one: within an island the other reasons say where it begins."""
+
 QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 BIAS_TOLERANCE = 0.01
 """By how much of itself a bias scale may be off input scale times weight scale, in onnxruntime 1.32."""
@@ -121,6 +124,8 @@ def _data(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
             )
         elif known(graph, name) is not None:
             yield Reason(kind="float-constant", what=f"its operand {name} is a float constant")
+        elif source is None:
+            yield Reason(kind="graph-input", what=f"its input {name} is one of the graph's, and is not quantised")
         else:
             yield Reason(kind="float-input", what=f"its input {name} is not quantised: {written_by(graph, name)}")
 

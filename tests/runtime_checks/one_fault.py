@@ -205,7 +205,8 @@ def clipped(low: float, high: float) -> Callable[[Sketch, str], str]:
 
 # kind, and a name where it has several: with the fault, without it
 FAULTS: dict[str, tuple[Model, Model]] = {
-    "float-input": (lambda: convolution(quantize_input=False), convolution),
+    "graph-input": (lambda: convolution(quantize_input=False), convolution),
+    "float-input": (lambda: convolution(before=between("Neg")), convolution),
     "float-weight": (lambda: convolution(weight=float_weight), convolution),
     "packed-weight": (
         lambda: convolution(weight=packed_weight(cast=False)),
