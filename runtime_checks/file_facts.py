@@ -139,7 +139,7 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 
 
 def _dtype(kind: int) -> str:
-    """numpy's name of an element type: float32, where ONNX says FLOAT."""
+    """The name that numpy has for an element type: float32, where ONNX says FLOAT."""
     return {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}.get(
         kind, str(TensorProto.DataType.Name(kind)).lower()
     )

@@ -25,9 +25,11 @@ from mecdeploy.runtime_checks.inspection_report import (
 )
 from mecdeploy.runtime_checks.layers import (
     OPERANDS,
+    RESHAPING,
     bias_of,
     find_weight,
     input_of,
+    label,
     measure,
     output_of,
     weight_index,
@@ -35,7 +37,7 @@ from mecdeploy.runtime_checks.layers import (
 from mecdeploy.runtime_checks.model_file import parse_model
 from mecdeploy.runtime_checks.op_types import FLOAT_PRODUCTS, INTEGER_PRODUCTS, MIXED_PRODUCTS, is_float
 from mecdeploy.runtime_checks.patterns import Graph, unit_of
-from mecdeploy.runtime_checks.reasons import CONSEQUENCES, QUANTIZING, label, quantizes, why_float
+from mecdeploy.runtime_checks.reasons import CONSEQUENCES, QUANTIZING, quantizes, why_float
 from mecdeploy.runtime_checks.runtime import Refusal
 
 NOTHING_QUANTISED = Reason(
@@ -118,7 +120,7 @@ def _islands(graph: Graph, attribution: Attribution) -> Iterator[FloatIsland]:
     for island in attribution.islands():
         indices = sorted({index for position in island for index in attribution.sources[position]})
         nodes = [graph.proto.node[index] for index in indices]
-        nodes = [node for node in nodes if node.op_type not in (*QUANTIZING, "Constant")]
+        nodes = [node for node in nodes if node.op_type not in (*QUANTIZING, *RESHAPING, "Constant")] or nodes
         reasons = [reason for node in nodes for reason in _reasons(graph, node)]
         reasons = [reason for reason in reasons if reason.kind not in CONSEQUENCES] or reasons
         kernels = _count(node for node in map(attribution.graph.node.__getitem__, island) if is_float(node))

@@ -75,6 +75,19 @@ def known(graph: Graph, name: str) -> Constant | None:
         return None
 
 
+def label(node: onnx.NodeProto) -> str:
+    """A node as messages name it: its name, or the tensor it writes."""
+    return str(node.name or next((name for name in node.output if name), node.op_type))
+
+
+def written_by(graph: Graph, tensor: str) -> str:
+    """Who writes a tensor, in words."""
+    node = graph.producers.get(tensor)
+    if node is not None:
+        return f"{node.op_type} {label(node)} writes it"
+    return "it is an input of the graph" if known(graph, tensor) is None else "it is a constant of the file"
+
+
 def value(graph: Graph, names: Sequence[str], index: int | None) -> Array | None:
     """Input `index` of a node where there is one and the file holds it."""
     if index is None or not 0 <= index < len(names) or not names[index]:

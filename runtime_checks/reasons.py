@@ -8,23 +8,24 @@ the pattern is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
 
+from mecdeploy.runtime_checks import weight_reasons
 from mecdeploy.runtime_checks.inspection_report import Reason
 from mecdeploy.runtime_checks.layers import (
     ACTIVATIONS,
     OPERANDS,
-    RESHAPING,
-    find_weight,
     known,
+    label,
     quantized_by,
     value,
     weight_index,
+    written_by,
 )
-from mecdeploy.runtime_checks.patterns import MOVING, Graph, attributes_of
+from mecdeploy.runtime_checks.patterns import Graph
 
 INTEGER_KERNELS = {
     "Conv": "QLinearConv",
@@ -37,17 +38,24 @@ INTEGER_KERNELS = {
     "Sigmoid": "QLinearSigmoid",
     "LeakyRelu": "QLinearLeakyRelu",
     "Softmax": "QLinearSoftmax",
-    "Concat": "QLinearConcat",
     "Where": "QLinearWhere",
 }
 """What onnxruntime makes of an operator between DequantizeLinear and QuantizeLinear."""
+
+CARRIED = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "MaxPool", "Identity", "Cast", "Expand", "Dropout"}
+)
+"""What onnxruntime carries a DequantizeLinear or QuantizeLinear across, to bring it beside what computes."""
+
+MOVED = frozenset(
+    {"Flatten", "Resize", "DepthToSpace", "SpaceToDepth", "Concat", "Split", "Gather", "ReduceMax", "ReduceMin", "Pad"}
+)
+"""What runs on codes between DequantizeLinear and QuantizeLinear, but is no such bridge."""
 
 CONSEQUENCES = ("float-input", "float-output")
 """Of operators beside a float one: within an island the other reasons say where it begins."""
 
 QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
-BIAS_TOLERANCE = 0.01
-"""By how much of itself a bias scale may be off input scale times weight scale, in onnxruntime 1.32."""
 
 
 def quantizes(proto: onnx.GraphProto) -> bool:
@@ -59,29 +67,15 @@ def quantizes(proto: onnx.GraphProto) -> bool:
 
 def why_float(graph: Graph, node: onnx.NodeProto) -> tuple[Reason, ...]:
     """What keeps a node of the file from becoming an integer kernel; empty for what does not compute."""
-    if node.op_type in (*RESHAPING, *MOVING, *QUANTIZING, "Constant") and node.op_type not in ("Clip", "Concat"):
+    if node.op_type in CARRIED | MOVED | QUANTIZING | {"Constant"}:
         return ()
     if node.op_type in ACTIVATIONS:
         return tuple(_activation(graph, node))
-    if node.op_type == "Concat" and not any(_writer_is_float(graph, name) for name in node.input):
-        return ()
     if node.op_type not in INTEGER_KERNELS:
         return tuple(_without_kernel(graph, node))
-    found = [*_data(graph, node), *_weight(graph, node), *_bias(graph, node), *_output(graph, node)]
+    weights = [*weight_reasons.weight(graph, node), *weight_reasons.bias(graph, node)]
+    found = [*_data(graph, node), *weights, *_output(graph, node)]
     return tuple(found) or (Reason(kind="unknown", what=f"no known cause; around it: {_surroundings(graph, node)}"),)
-
-
-def label(node: onnx.NodeProto) -> str:
-    """A node as messages name it: its name, or the tensor it writes."""
-    return str(node.name or next((name for name in node.output if name), node.op_type))
-
-
-def written_by(graph: Graph, tensor: str) -> str:
-    """Who writes a tensor, in words."""
-    node = graph.producers.get(tensor)
-    if node is not None:
-        return f"{node.op_type} {label(node)} writes it"
-    return "it is an input of the graph" if known(graph, tensor) is None else "it is a constant of the file"
 
 
 def _without_kernel(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
@@ -114,10 +108,10 @@ def _data(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
     for index, name in enumerate(node.input):
         if not name or index in (weight, bias) or (node.op_type == "Where" and index == 0):
             continue
-        source = graph.producers.get(name)
+        source = _before(graph, name, CARRIED)
         if source is not None and source.op_type == "DequantizeLinear":
             yield from _codes(graph, source.input[0], source, "input")
-        elif source is not None and source.op_type in RESHAPING and _dequantized_before(graph, name) is not None:
+        elif source is not None and source.op_type in MOVED and _is_dequantized(graph, name):
             yield Reason(
                 kind="moved-input",
                 what=f"{source.op_type} {label(source)} stands between DequantizeLinear and its input {name}",
@@ -154,8 +148,8 @@ def _codes(graph: Graph, codes: str, quantizer: onnx.NodeProto, side: str) -> It
         return
     yield Reason(
         kind="signed-activation",
-        what=f"its {side} {codes} is int8, which onnxruntime turns into the uint8 of its kernels only where one "
-        f"DequantizeLinear follows the QuantizeLinear and one operator reads that: {obstacle}",
+        what=f"its {side} {codes} is int8; onnxruntime makes uint8 of it, as its kernels need, only where a "
+        f"QuantizeLinear, one DequantizeLinear and one operator follow each other: {obstacle}",
     )
 
 
@@ -168,100 +162,33 @@ def _readers_of_codes(graph: Graph, codes: str) -> int:
     ) + (codes in graph.outputs)
 
 
-def _weight(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
-    index = weight_index(graph, node)
-    found = find_weight(graph, node, index) if index is not None else None
-    if index is None or found is None:
-        return
-    tensor, dequantize = found.constant.source, found.dequantize
-    if dequantize is None:
-        what = f"its weight {tensor} is {found.constant.value.dtype}, without a DequantizeLinear"
-        yield Reason(kind="float-weight", what=what)
-        return
-    if found.constant.storage in ("int4", "int2", "uint4", "uint2") and dequantize.input[0] == tensor:
-        yield Reason(
-            kind="packed-weight",
-            what=f"its weight {tensor} goes into DequantizeLinear as {found.constant.storage}; integer kernels take "
-            "int8, which a Cast before it makes",
-        )
-    elif found.constant.value.dtype not in (np.int8, np.uint8):
-        what = f"its weight {tensor} is stored as {found.constant.value.dtype}; integer kernels take 8 bits"
-        yield Reason(kind="weight-type", what=what)
-    if found.block:
-        yield Reason(kind="weight-blocks", what=f"its weight {tensor} has a scale for every {found.block} values")
-    if node.op_type != "Gemm":
-        return
-    attributes = attributes_of(node)
-    if len(dequantize.input) < 3 or not dequantize.input[2]:
-        what = f"the DequantizeLinear of its weight {tensor} has no zero point, which a Gemm needs even where it is 0"
-        yield Reason(kind="weight-zero-point", what=what)
-    changed = [f"{name} is {attributes[name]:g}" for name in ("alpha", "beta") if attributes.get(name, 1.0) != 1.0]
-    if changed and len(node.input) > 2:
-        yield Reason(kind="gemm-attributes", what=f"it has a bias, and {', '.join(changed)} instead of 1")
-    outputs = 0 if attributes.get("transB", 0) else 1
-    if found.axis is not None and not found.block and graph.producers.get(node.input[index]) is dequantize:
-        axis = found.axis % found.constant.value.ndim
-        if axis != outputs:
-            what = f"the scales of its weight {tensor} lie along axis {axis}; its outputs are axis {outputs}"
-            yield Reason(kind="weight-axis", what=what)
-
-
-def _bias(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
-    """A bias in float is quantised by onnxruntime itself; one that is int32 has to be in steps of its product."""
-    index = OPERANDS[node.op_type].bias if node.op_type in OPERANDS else None
-    if index is None or index >= len(node.input) or not node.input[index]:
-        return
-    dequantize = graph.producers.get(node.input[index])
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
-        if known(graph, node.input[index]) is None:
-            yield Reason(
-                kind="computed-bias",
-                what=f"its bias {node.input[index]} is computed: {written_by(graph, node.input[index])}",
-            )
-        return
-    stored = known(graph, dequantize.input[0])
-    if stored is not None and stored.value.dtype != np.int32:
-        what = f"its bias {dequantize.input[0]} is stored as {stored.value.dtype}; integer kernels take int32"
-        yield Reason(kind="bias-type", what=what)
-    weight, source = find_weight(graph, node, 1), graph.producers.get(node.input[0])
-    if source is None or source.op_type != "DequantizeLinear" or weight is None or weight.scale is None or weight.block:
-        return
-    scale, input_scale = value(graph, dequantize.input, 1), value(graph, source.input, 1)
-    if node.op_type != "Conv" or scale is None or input_scale is None or input_scale.size != 1:
-        return  # a QGemm reads the integers alone
-    expected = input_scale.astype(np.float64).reshape(-1) * weight.scale.astype(np.float64).reshape(-1)
-    given = scale.astype(np.float64).reshape(-1)
-    off = given.size > 1 and expected.size > 1 and given.size != expected.size
-    if off or not np.allclose(given, expected, rtol=BIAS_TOLERANCE, atol=0):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = "" if off else f" (up to {np.max(np.maximum(given / expected, expected / given)):.3g} times off)"
-        what = f"the scale of its bias {dequantize.input[0]} is not input scale times weight scale{ratio}"
-        yield Reason(kind="bias-scale", what=what)
-
-
 def _output(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
     """What a kernel writes has to go to one QuantizeLinear and nowhere else; a Gemm's result may stay float."""
     (tensor, *_) = node.output
     readers = graph.consumers.get(tensor, [])
-    if len(readers) == 1 and tensor not in graph.outputs:
+    while len(readers) == 1 and tensor not in graph.outputs:
         (reader,) = readers
+        following = graph.consumers.get(reader.output[0], [])
         if reader.op_type == "QuantizeLinear":
             yield from _codes(graph, reader.output[0], reader, "output")
             return
         quantize = quantized_by(graph, tensor)
-        if quantize is not None and (reader.op_type in ACTIVATIONS or reader.op_type not in (*MOVING, "Identity")):
-            yield _kept_activation(graph, reader, quantize)
-            return
-        following = graph.consumers.get(reader.output[0], [])
-        if quantize is None and [item.op_type for item in following] == ["QuantizeLinear"]:
-            what = f"{reader.op_type} {label(reader)} stands between it and its QuantizeLinear"
-            yield Reason(kind="operator-before-quantize", what=what)
-            return
+        if reader.op_type in ACTIVATIONS and quantize is not None:
+            if (kept := _kept(graph, reader, quantize)) is not None:
+                yield kept
+                return
+        elif reader.op_type not in CARRIED:
+            if [item.op_type for item in following] == ["QuantizeLinear"]:
+                what = f"{reader.op_type} {label(reader)} stands between it and its QuantizeLinear"
+                yield Reason(kind="operator-before-quantize", what=what)
+                return
+            break
+        tensor, readers = reader.output[0], following
     if node.op_type == "Gemm":
         return
     others = [f"{item.op_type} {label(item)}" for item in readers if item.op_type != "QuantizeLinear"]
+    quantizers = len(readers) - len(others)
     others += ["the graph's output"] if tensor in graph.outputs else []
-    quantizers = len(readers) - len([item for item in readers if item.op_type != "QuantizeLinear"])
     if quantizers:
         others += [f"{quantizers} QuantizeLinear"]
         what = f"its float output {tensor} goes to {_list(others)}, where one QuantizeLinear has to be its only reader"
@@ -270,30 +197,42 @@ def _output(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
         yield Reason(kind="float-output", what=f"its output {tensor} is not quantised: it goes to {_list(others)}")
 
 
-def _kept_activation(graph: Graph, activation: onnx.NodeProto, quantize: onnx.NodeProto) -> Reason:
+def _kept(graph: Graph, activation: onnx.NodeProto, quantize: onnx.NodeProto) -> Reason | None:
+    """Why onnxruntime cannot drop a Relu or Clip before a QuantizeLinear; None where that one clamps as much."""
     who = f"{activation.op_type} {label(activation)} stands between it and its QuantizeLinear"
     zero_point, scale = value(graph, quantize.input, 2), value(graph, quantize.input, 1)
-    if zero_point is None or scale is None or zero_point.size != 1:
+    if scale is None or scale.size != 1 or (zero_point is not None and zero_point.size != 1):
         return Reason(kind="activation-before-quantize", what=who)
-    limits = np.iinfo(zero_point.dtype)
-    low, high = ((end - int(zero_point.item())) * float(scale.item()) for end in (limits.min, limits.max))
-    what = f"{who}, whose range {low:.3g} to {high:.3g} reaches beyond it, so that it cannot be dropped"
+    limits = np.iinfo(np.uint8 if zero_point is None else zero_point.dtype)
+    zero = 0 if zero_point is None else int(zero_point.item())
+    low, high = ((end - zero) * float(scale.item()) for end in (limits.min, limits.max))
+    least, most = (value(graph, activation.input, index) for index in (1, 2))
+    lowest = 0.0 if activation.op_type == "Relu" else low if least is None else float(least.item())
+    highest = high if activation.op_type == "Relu" or most is None else float(most.item())
+    slack = 1e-6 * (high - low)  # scales are float32
+    if lowest <= low + slack and highest >= high - slack:
+        return None
+    what = f"{who}, which clamps less (to {low:.3g}..{high:.3g}), so that it cannot be dropped"
     return Reason(kind="activation-before-quantize", what=what)
 
 
-def _dequantized_before(graph: Graph, tensor: str) -> onnx.NodeProto | None:
-    """The DequantizeLinear from which a float tensor comes through what only reshapes."""
+def _before(graph: Graph, tensor: str, seen_through: Collection[str]) -> onnx.NodeProto | None:
+    """The first node that is not of these op types, on the way back from a tensor; None for an input or constant."""
     node = graph.producers.get(tensor)
-    while node is not None and node.op_type in (*RESHAPING, *MOVING):
+    while node is not None and node.op_type in seen_through:
         node = graph.producers.get(node.input[0])
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    return node
+
+
+def _is_dequantized(graph: Graph, tensor: str) -> bool:
+    """Whether a float tensor comes from a DequantizeLinear through what only moves values."""
+    node = _before(graph, tensor, CARRIED | MOVED)
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _writer_is_float(graph: Graph, tensor: str) -> bool:
     """Whether an operator computes a tensor in float, seen through what only moves values."""
-    node = graph.producers.get(tensor)
-    while node is not None and node.op_type in (*RESHAPING, *MOVING, *ACTIVATIONS):
-        node = graph.producers.get(node.input[0])
+    node = _before(graph, tensor, CARRIED | MOVED | set(ACTIVATIONS))
     return node is not None and node.op_type not in QUANTIZING
 
 

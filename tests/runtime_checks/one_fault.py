@@ -231,6 +231,10 @@ FAULTS: dict[str, tuple[Model, Model]] = {
         lambda: convolution(after=clipped(-7, 7)),
     ),
     "operator-before-quantize": (lambda: convolution(after=between("LeakyRelu")), convolution),
+    "operator-before-quantize:Flatten": (
+        lambda: convolution(after=between("Flatten")),
+        lambda: convolution(after=between("Transpose", perm=[0, 3, 1, 2])),
+    ),
     "signed-activation:Clip": (
         lambda: convolution(dtype=np.int8, zero_point=0, clip_codes=True),
         lambda: convolution(dtype=np.int8, zero_point=0),
@@ -241,6 +245,10 @@ FAULTS: dict[str, tuple[Model, Model]] = {
     ),
     "signed-activation:input": (lambda: convolution(pixels=np.int8), lambda: convolution(pixels=np.uint8)),
     "activation-type": (lambda: convolution(dtype=np.uint16), convolution),
+    "moved-input:DepthToSpace": (
+        lambda: convolution(before=between("DepthToSpace", blocksize=1)),
+        lambda: convolution(before=between("Transpose", perm=[0, 1, 3, 2])),
+    ),
     "moved-input": (lambda: gemm(before=between("Flatten")), lambda: gemm(before=reshaped)),
     "weight-zero-point": (lambda: gemm(weight=lambda s: s.weight((4, 8), zero_point=False)), gemm),
     "weight-axis": (lambda: gemm(weight=lambda s: s.weight((4, 8), axis=1)), gemm),
