@@ -20,7 +20,7 @@ from mecdeploy.runtime_checks.patterns import Graph, attributes_of
 from mecdeploy.runtime_checks.runtime import optimized_graph
 
 _MARK = re.compile(r"@node:(\d+)@")
-_APPENDED = re.compile(r"(_token_\d+|_nchwc)+$")
+_ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_token_\d+|_nchwc)+$")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _WRITES: dict[str, int] = {
     **dict.fromkeys(("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), TensorProto.FLOAT),
@@ -109,7 +109,7 @@ def attribute(proto: onnx.ModelProto, label: str) -> Attribution:
 
 def _written(kernel: onnx.NodeProto, writer: dict[str, int]) -> Iterable[int]:
     """Nodes of the file whose outputs a kernel writes, or is named after."""
-    names = [*kernel.output, _APPENDED.sub("", kernel.name)]
+    names = [*kernel.output, _ADDED.sub("", kernel.name)]
     return (writer[name] for name in names if name in writer)
 
 

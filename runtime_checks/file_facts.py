@@ -112,15 +112,14 @@ def _measured(tensor: TensorProto, name: str, readers: dict[str, list[str]]) -> 
 def _fields_size(tensor: TensorProto) -> int:
     """Bytes of values that are written one by one, as protobuf's numbers, instead of as raw data."""
     bare = TensorProto(data_type=tensor.data_type, name=tensor.name, dims=tensor.dims)
-    return tensor.ByteSize() - bare.ByteSize()
+    return int(tensor.ByteSize() - bare.ByteSize())
 
 
 def _full_size(tensor: TensorProto) -> int:
     """Bytes of all values where the file does not say how many it took."""
-    bits = {TensorProto.INT4: 4, TensorProto.UINT4: 4}.get(tensor.data_type)
-    if bits is None:
-        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return -(-math.prod(tensor.dims) * bits // 8)
+    bits = 4 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else 0
+    bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return int(-(-math.prod(tensor.dims) * bits // 8))
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
@@ -140,9 +139,8 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 
 def _dtype(kind: int) -> str:
     """The name that numpy has for an element type: float32, where ONNX says FLOAT."""
-    return {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}.get(
-        kind, str(TensorProto.DataType.Name(kind)).lower()
-    )
+    name = TensorProto.DataType.Name(kind).lower()
+    return {"float": "float32", "double": "float64"}.get(name, str(name))
 
 
 def _json(text: str | None, kind: type) -> Any:

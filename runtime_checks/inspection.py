@@ -13,6 +13,7 @@ import onnx
 import onnx.inliner
 import onnxruntime
 
+from mecdeploy.runtime_checks.activations import input_of, output_of
 from mecdeploy.runtime_checks.attribution import Attribution, attribute
 from mecdeploy.runtime_checks.cautions import cautions
 from mecdeploy.runtime_checks.file_facts import facts, promises, read_external
@@ -28,10 +29,8 @@ from mecdeploy.runtime_checks.layers import (
     RESHAPING,
     bias_of,
     find_weight,
-    input_of,
     label,
     measure,
-    output_of,
     weight_index,
 )
 from mecdeploy.runtime_checks.model_file import parse_model

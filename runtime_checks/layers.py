@@ -1,4 +1,4 @@
-"""Layers with weights in any ONNX graph: how their weights are stored, how what they read and write is quantised."""
+"""Layers with weights in any ONNX graph, and how their weights are stored."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ import onnx
 from numpy.typing import NDArray
 
 from mecdeploy.runtime_checks.errors import CheckError
-from mecdeploy.runtime_checks.inspection_report import Quantization, Weights
-from mecdeploy.runtime_checks.patterns import MOVING, Graph, attributes_of
+from mecdeploy.runtime_checks.inspection_report import Weights
+from mecdeploy.runtime_checks.patterns import Graph, attributes_of
 from mecdeploy.runtime_checks.weights import Constant
 
 RESHAPING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast")
 """What may stand between a weight and the layer that multiplies with it."""
-
-ACTIVATIONS = ("Relu", "Clip")
-"""What onnxruntime may drop before a QuantizeLinear, which clamps too."""
 
 Array = NDArray[Any]
 
@@ -163,83 +160,12 @@ def measure(graph: Graph, node: onnx.NodeProto, found: FoundWeight) -> Weights:
         smallest=None if distinct is None else int(distinct[0]),
         largest=None if distinct is None else int(distinct[-1]),
         per=per,
-        scale=_ends(found.scale),
-        zero_point=_whole_ends(zero_point),
+        scale=ends(found.scale),
+        zero_point=whole_ends(zero_point),
         clip=constant.clipped,
         bytes=constant.stored_bytes,
         table_bytes=graph.own_tables(constant),
     )
-
-
-def dequantized_from(graph: Graph, tensor: str) -> Quantization | None:
-    """How a float tensor is stored, if a DequantizeLinear writes it."""
-    node = graph.producers.get(tensor)
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    return quantization(graph, node, node.input[0])
-
-
-def quantization(graph: Graph, node: onnx.NodeProto, codes: str) -> Quantization:
-    """Scale, zero point and bits of a QuantizeLinear or DequantizeLinear whose codes are the tensor `codes`."""
-    return described(graph, codes, value(graph, node.input, 1), value(graph, node.input, 2))
-
-
-def described(graph: Graph, codes: str, scale: Array | None, zero_point: Array | None) -> Quantization:
-    """How activations are stored whose codes, scale and zero point are these; without a zero point as uint8."""
-    kind = np.dtype(np.uint8) if zero_point is None or zero_point.dtype.kind not in "iu" else zero_point.dtype
-    limits = np.iinfo(kind)
-    try:
-        low, high = graph.code_range(codes, (int(limits.min), int(limits.max)))
-    except CheckError:  # a Clip whose bounds are computed
-        low, high = int(limits.min), int(limits.max)
-    return Quantization(
-        dtype=str(kind),
-        bits=_bits(low, high),
-        scales=1 if scale is None else scale.size,
-        scale=_ends(scale),
-        zero_point=_whole_ends(zero_point) if zero_point is not None else None if scale is None else (0, 0),
-    )
-
-
-def quantized_by(graph: Graph, tensor: str) -> onnx.NodeProto | None:
-    """The QuantizeLinear that a float tensor goes to, through an activation or what only moves it, if it does."""
-    readers = graph.consumers.get(tensor, [])
-    while len(readers) == 1 and readers[0].op_type in (*ACTIVATIONS, *MOVING, "Identity"):
-        readers = graph.consumers.get(readers[0].output[0], [])
-    return next((reader for reader in readers if reader.op_type == "QuantizeLinear"), None)
-
-
-def input_of(graph: Graph, node: onnx.NodeProto) -> Quantization | None:
-    """How what a layer multiplies its weights with is stored; None where it is float."""
-    operands = OPERANDS[node.op_type]
-    data = operands.data
-    if operands.weight == 1 and weight_index(graph, node) == 0:
-        data = 1
-    if operands.scales is None or operands.scales[0] < 0:
-        writer = graph.producers.get(node.input[data])
-        if writer is not None and writer.op_type == "DynamicQuantizeLinear":
-            return described(graph, node.input[data], None, None)
-        return dequantized_from(graph, node.input[data])
-    assert operands.zero_points is not None
-    zero_point = value(graph, node.input, operands.zero_points[0])
-    return described(graph, node.input[data], value(graph, node.input, operands.scales[0]), zero_point)
-
-
-def output_of(graph: Graph, node: onnx.NodeProto) -> Quantization | None:
-    """How what a layer computes is stored; None where it stays float."""
-    operands = OPERANDS[node.op_type]
-    if operands.scales is not None and operands.scales[2] >= 0:
-        scale = value(graph, node.input, operands.scales[2])
-        if scale is not None:
-            assert operands.zero_points is not None
-            return described(graph, node.output[0], scale, value(graph, node.input, operands.zero_points[2]))
-    quantize = quantized_by(graph, node.output[0])
-    if quantize is None:
-        return None
-    codes = quantize.output[0]
-    readers = graph.consumers.get(codes, [])
-    clips = [reader for reader in readers if reader.op_type == "Clip"]
-    return quantization(graph, quantize, clips[0].output[0] if len(clips) == len(readers) == 1 else codes)
 
 
 def bias_of(graph: Graph, node: onnx.NodeProto) -> tuple[str | None, int]:
@@ -272,21 +198,23 @@ def _width(integers: Array, zero_point: Array | None, axis: int | None) -> int:
         if zero_point.size == 1 or -1 in shape:
             centred = integers.astype(np.int64) - zero_point.astype(np.int64).reshape(shape)
             low, high = int(centred.min(initial=0)), int(centred.max(initial=0))
-    return _bits(low, high)
+    return bits_of(low, high)
 
 
-def _bits(low: int, high: int) -> int:
+def bits_of(low: int, high: int) -> int:
     """Bits that hold every integer of a range, in two's complement if one is negative."""
     return max(1, high.bit_length() if low >= 0 else 1 + max((-low - 1).bit_length(), high.bit_length()))
 
 
-def _ends(values: Array | None) -> tuple[float, float] | None:
+def ends(values: Array | None) -> tuple[float, float] | None:
+    """Smallest and largest of the values, if there are any."""
     if values is None or not values.size:
         return None
     numbers = values.astype(np.float64)
     return float(numbers.min()), float(numbers.max())
 
 
-def _whole_ends(values: Array | None) -> tuple[int, int] | None:
-    ends = _ends(values)
-    return None if ends is None else (int(ends[0]), int(ends[1]))
+def whole_ends(values: Array | None) -> tuple[int, int] | None:
+    """Smallest and largest of integers, if there are any."""
+    found = ends(values)
+    return None if found is None else (int(found[0]), int(found[1]))

@@ -14,13 +14,12 @@ import numpy as np
 import onnx
 
 from mecdeploy.runtime_checks import weight_reasons
+from mecdeploy.runtime_checks.activations import ACTIVATIONS, quantized_by
 from mecdeploy.runtime_checks.inspection_report import Reason
 from mecdeploy.runtime_checks.layers import (
-    ACTIVATIONS,
     OPERANDS,
     known,
     label,
-    quantized_by,
     value,
     weight_index,
     written_by,

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from mecdeploy.runtime_checks.inspection_report import Reason
-from mecdeploy.runtime_checks.layers import OPERANDS, find_weight, known, label, value, weight_index, written_by
+from mecdeploy.runtime_checks.layers import OPERANDS, find_weight, known, value, weight_index, written_by
 from mecdeploy.runtime_checks.patterns import Graph, attributes_of
 
 BIAS_TOLERANCE = 0.01

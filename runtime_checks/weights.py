@@ -164,7 +164,7 @@ def _identity(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
 
 def _quantize(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
     """Float weights that the file itself quantises: clamp(round(x / scale) + zero_point), half to even."""
-    data, scale = inputs[0].value, inputs[1].value
+    data, scale = (np.asarray(item.value, np.float32) for item in inputs[:2])
     zero_point = inputs[2].value if len(inputs) > 2 else np.zeros((), np.uint8)
     if zero_point.dtype not in (np.int8, np.uint8) or scale.size != 1 and scale.ndim != 1:
         raise ValueError(f"quantized to {zero_point.dtype} with scales of shape {list(scale.shape)}")
@@ -173,9 +173,10 @@ def _quantize(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:
     along = [1] * data.ndim
     if scale.size > 1:
         along[axis] = -1
-    limits = np.iinfo(zero_point.dtype)
-    codes = np.rint(data / scale.reshape(along)) + zero_point.reshape(along if zero_point.size > 1 else [])
-    return replace(inputs[0], value=np.clip(codes, limits.min, limits.max).astype(zero_point.dtype))
+    zero = zero_point.astype(np.float32).reshape(along if zero_point.size > 1 else [])
+    low, high = (-128, 127) if zero_point.dtype == np.int8 else (0, 255)
+    codes = np.clip(np.rint(data / scale.reshape(along)) + zero, low, high)
+    return replace(inputs[0], value=codes.astype(zero_point.dtype))
 
 
 def _reshape(node: onnx.NodeProto, inputs: list[Constant]) -> Constant:

@@ -78,7 +78,7 @@ def convolution(
     clip_codes: bool = False,
     before: Callable[[Sketch, str], str] | None = None,
     weight: Callable[[Sketch], str] = lambda sketch: sketch.weight((4, 4, 3, 3)),
-    bias: Callable[[Sketch], str] = lambda sketch: sketch.bias(4),
+    bias: Callable[[Sketch], str] | None = lambda sketch: sketch.bias(4),
     after: Callable[[Sketch, str], str] | None = None,
     output_zero_point: int = 128,
     quantize_output: bool = True,
@@ -98,7 +98,8 @@ def convolution(
         real = sketch.dequantize(codes, "xq", "xd")
     if before is not None:
         real = before(sketch, real)
-    result = sketch.op("Conv", [real, weight(sketch), bias(sketch)], "conv", pads=[1, 1, 1, 1])
+    operands = [real, weight(sketch), *([bias(sketch)] if bias is not None else [])]
+    result = sketch.op("Conv", operands, "conv", pads=[1, 1, 1, 1])
     outputs = ["y"]
     if after is not None:
         result = after(sketch, result)
