@@ -16,6 +16,16 @@ interpreter.py  the graph executed in numpy integers, from the file alone
   weights.py      packed weights and other constants, decoded
   kernels.py      integer convolutions, products and pools
   arithmetic.py   onnxruntime's rounding, as formulas
+inspection.py   inspect_model: the facts about any ONNX file, in one report
+  inspection_report.py  that report, as frozen data
+  file_facts.py   ends, operators, bytes by tensor, data beside the file
+  attribution.py  which kernels the nodes became, what stays float
+  layers.py       layers with weights, of any tool, and how the weights are stored
+  activations.py  how what they read and write is quantised
+  reasons.py      why an operator stays float
+    weight_reasons.py  as far as weight and bias go
+  cautions.py     integer kernels that cannot do what the file says
+op_types.py     which kernels compute in integers, which in float
 runtime.py      onnxruntime sessions: plain, with units exposed, optimiser off
 model_file.py   reading the file and the contract in its metadata
 machine.py      processor and versions

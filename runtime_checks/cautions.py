@@ -6,24 +6,28 @@ from collections.abc import Iterator
 
 import onnx
 
+from mecdeploy.runtime_checks import weight_reasons
 from mecdeploy.runtime_checks.inspection_report import LayerFacts
-from mecdeploy.runtime_checks.layers import find_weight
 from mecdeploy.runtime_checks.patterns import Graph
 
 
 def cautions(graph: Graph, node: onnx.NodeProto, layer: LayerFacts) -> Iterator[str]:
-    """A sentence for each fault of a layer. Tests run such files, and see them fail or compute wrongly."""
+    """A sentence for each fault of a layer. Tests run such files, and see them fail or compute something else.
+
+    Of what keeps a layer in float, versions of onnxruntime check different parts: 1.24 fuses where 1.32 refuses.
+    """
     if layer.arithmetic != "integer":
         return
-    found = find_weight(graph, node, 1) if node.op_type == "Conv" else None
-    if found is not None and found.axis is not None and found.axis % found.constant.value.ndim != 0:
+    faults = [*weight_reasons.layout(graph, node), *weight_reasons.bias_scale(graph, node)]
+    faults += [reason for reason in weight_reasons.weight(graph, node) if reason.kind == "weight-blocks"]
+    for reason in faults:
         yield (
-            f"{layer.name}: the scales of its weight lie along axis {found.axis}, but {layer.kernel} takes one for "
-            "each output channel (axis 0): it fails, or computes something else than the file says."
+            f"{layer.name}: {reason.what}. {layer.kernel} takes no notice: it fails, or computes something else than "
+            "the file says."
         )
     for side, stored in (("input", layer.input), ("output", layer.output)):
         if stored is not None and stored.scales > 1:
             yield (
-                f"{layer.name}: its {side} has {stored.scales} scales, but {layer.kernel} takes one for the whole "
-                "tensor: it fails when it runs."
+                f"{layer.name}: its {side} has {stored.scales} scales. {layer.kernel} takes one for the whole tensor: "
+                "it fails when it runs."
             )

@@ -72,8 +72,14 @@ def why_float(graph: Graph, node: onnx.NodeProto) -> tuple[Reason, ...]:
         return tuple(_activation(graph, node))
     if node.op_type not in INTEGER_KERNELS:
         return tuple(_without_kernel(graph, node))
-    weights = [*weight_reasons.weight(graph, node), *weight_reasons.bias(graph, node)]
-    found = [*_data(graph, node), *weights, *_output(graph, node)]
+    checked = {"Gemm": weight_reasons.layout, "Conv": weight_reasons.bias_scale}.get(node.op_type)
+    found = [
+        *_data(graph, node),
+        *weight_reasons.weight(graph, node),
+        *(checked(graph, node) if checked is not None else ()),
+        *weight_reasons.bias(graph, node),
+        *_output(graph, node),
+    ]
     return tuple(found) or (Reason(kind="unknown", what=f"no known cause; around it: {_surroundings(graph, node)}"),)
 
 

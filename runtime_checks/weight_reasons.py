@@ -37,27 +37,33 @@ def weight(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
         yield Reason(kind="weight-type", what=what)
     if found.block:
         yield Reason(kind="weight-blocks", what=f"its weight {tensor} has a scale for every {found.block} values")
-    if node.op_type != "Gemm":
+
+
+def layout(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
+    """What its scales and a Gemm's attributes must not be. onnxruntime 1.32 checks a Gemm's, but no Conv's."""
+    index = weight_index(graph, node)
+    found = find_weight(graph, node, index) if index is not None else None
+    if index is None or found is None or found.dequantize is None or node.op_type not in ("Conv", "Gemm"):
         return
-    attributes = attributes_of(node)
-    if len(dequantize.input) < 3 or not dequantize.input[2]:
+    tensor, attributes = found.constant.source, attributes_of(node)
+    changed = [f"{name} is {attributes[name]:g}" for name in ("alpha", "beta") if attributes.get(name, 1.0) != 1.0]
+    if node.op_type == "Gemm" and (len(found.dequantize.input) < 3 or not found.dequantize.input[2]):
         what = f"the DequantizeLinear of its weight {tensor} has no zero point, which a Gemm needs even where it is 0"
         yield Reason(kind="weight-zero-point", what=what)
-    changed = [f"{name} is {attributes[name]:g}" for name in ("alpha", "beta") if attributes.get(name, 1.0) != 1.0]
     if changed and len(node.input) > 2:
         yield Reason(kind="gemm-attributes", what=f"it has a bias, and {', '.join(changed)} instead of 1")
-    outputs = 0 if attributes.get("transB", 0) else 1
-    if found.axis is not None and not found.block and graph.producers.get(node.input[index]) is dequantize:
+    outputs = 0 if node.op_type == "Conv" or attributes.get("transB", 0) else 1
+    if found.axis is not None and not found.block and graph.producers.get(node.input[index]) is found.dequantize:
         axis = found.axis % found.constant.value.ndim
         if axis != outputs:
-            what = f"the scales of its weight {tensor} lie along axis {axis}; its outputs are axis {outputs}"
+            what = f"the scales of its weight {tensor} lie along axis {axis}, its outputs along axis {outputs}"
             yield Reason(kind="weight-axis", what=what)
 
 
 def bias(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
-    """A bias in float is quantised by onnxruntime itself; one that is int32 has to be in steps of its product."""
-    index = OPERANDS[node.op_type].bias if node.op_type in OPERANDS else None
-    if index is None or index >= len(node.input) or not node.input[index]:
+    """It has to be a constant: int32 through a DequantizeLinear, or float, which onnxruntime quantises itself."""
+    index = _bias_index(node)
+    if index is None:
         return
     dequantize = graph.producers.get(node.input[index])
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
@@ -71,12 +77,19 @@ def bias(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
     if stored is not None and stored.value.dtype != np.int32:
         what = f"its bias {dequantize.input[0]} is stored as {stored.value.dtype}; integer kernels take int32"
         yield Reason(kind="bias-type", what=what)
+
+
+def bias_scale(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
+    """An int32 bias is added to products of integers: it has to be in their steps. onnxruntime checks a Conv's."""
+    index = _bias_index(node)
+    dequantize = graph.producers.get(node.input[index]) if index is not None else None
     weight, source = find_weight(graph, node, 1), graph.producers.get(node.input[0])
-    if source is None or source.op_type != "DequantizeLinear" or weight is None or weight.scale is None or weight.block:
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or weight is None or weight.scale is None:
         return
-    scale, input_scale = value(graph, dequantize.input, 1), value(graph, source.input, 1)
-    if node.op_type != "Conv" or scale is None or input_scale is None or input_scale.size != 1:
-        return  # a QGemm reads the integers alone
+    input_scale = value(graph, source.input, 1) if source is not None and source.op_type == "DequantizeLinear" else None
+    scale = value(graph, dequantize.input, 1)
+    if scale is None or input_scale is None or input_scale.size != 1 or weight.block:
+        return
     expected = input_scale.astype(np.float64).reshape(-1) * weight.scale.astype(np.float64).reshape(-1)
     given = scale.astype(np.float64).reshape(-1)
     off = given.size > 1 and expected.size > 1 and given.size != expected.size
@@ -85,3 +98,8 @@ def bias(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
             ratio = "" if off else f" (up to {np.max(np.maximum(given / expected, expected / given)):.3g} times off)"
         what = f"the scale of its bias {dequantize.input[0]} is not input scale times weight scale{ratio}"
         yield Reason(kind="bias-scale", what=what)
+
+
+def _bias_index(node: onnx.NodeProto) -> int | None:
+    index = OPERANDS[node.op_type].bias if node.op_type in OPERANDS else None
+    return index if index is not None and index < len(node.input) and node.input[index] else None

@@ -118,6 +118,7 @@ def gemm(
     weight: Callable[[Sketch], str] = lambda sketch: sketch.weight((4, 8)),
     before: Callable[[Sketch, str], str] | None = None,
     bias: bool = False,
+    bias_scale: float = 1,
     **attributes: Any,
 ) -> onnx.ModelProto:
     """x -> Q -> DQ -> Gemm -> y in float: a product of integers all the same."""
@@ -126,7 +127,7 @@ def gemm(
     real = sketch.dequantize("xq", "xq", "xd")
     if before is not None:
         real = before(sketch, real)
-    inputs = [real, weight(sketch), *([sketch.bias(4)] if bias else [])]
+    inputs = [real, weight(sketch), *([sketch.bias(4, bias_scale * SCALE * WEIGHT_SCALE)] if bias else [])]
     sketch.op("Gemm", inputs, "y", transB=1, **attributes)
     return sketch.finish("y", shape=(8,))
 

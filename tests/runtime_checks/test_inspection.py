@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from foreign_files import LAYERS, PARAMETERS, float_network, quantized
-from one_fault import Sketch, between, convolution
+from one_fault import SCALE, WEIGHT_SCALE, Sketch, between, convolution, gemm
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType
 from qdq_models import residual_network
@@ -337,6 +337,18 @@ def test_every_truncation_is_an_error_or_a_report(tmp_path: Path) -> None:
     assert outcomes["refused"] >= 20
 
 
+def run_both(path: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the file says, as the optimiser off computes it, and what the integer kernels make of it."""
+    plain = onnxruntime.SessionOptions()
+    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    sessions = [
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        for options in (plain, onnxruntime.SessionOptions())
+    ]
+    exact, fused = (session.run(None, {"x": x})[0] for session in sessions)
+    return exact, fused
+
+
 def test_scales_on_the_wrong_axis_are_warned_of_and_compute_something_else(tmp_path: Path) -> None:
     """onnxruntime makes an integer kernel of it: its result is not that of the file, which the optimiser off gives."""
 
@@ -351,18 +363,31 @@ def test_scales_on_the_wrong_axis_are_warned_of_and_compute_something_else(tmp_p
     steps = {}
     for axis in (0, 1):
         path = written(uneven(axis), tmp_path)
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        exact = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-        fused = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        exact, fused = run_both(path, x)
         steps[axis] = np.abs(exact - fused).max() / 0.05
     assert steps[0] <= 1.01  # one step of the output, where a float lay on the other side of a half
     assert steps[1] > 10
     (warning,) = inspect_model(path).warnings
     assert warning.startswith(
-        "node_conv: the scales of its weight lie along axis 1, but QLinearConv takes one for each"
+        "node_conv: the scales of its weight w_q lie along axis 1, its outputs along axis 0. QLinear"
     )
     assert inspected(uneven(0), tmp_path).warnings == ()
+
+
+def test_a_bias_in_other_steps_is_warned_of_and_computes_something_else(tmp_path: Path) -> None:
+    """onnxruntime checks the bias scale of a convolution, and not that of a Gemm."""
+    for factor in (1, 2):
+        path = written(gemm(bias=True, bias_scale=factor), tmp_path)
+        report = inspect_model(path)
+        assert report.layers[0].arithmetic == "integer"
+        exact, fused = run_both(path, np.ones((1, 8), np.float32))
+        error = np.abs(exact - fused).max() / (SCALE * WEIGHT_SCALE)  # in steps of the product
+        if factor == 1:
+            assert error < 1e-3 and report.warnings == ()  # float32 sums, of at most 2 ** 14 steps
+        else:
+            assert error > 1
+            (warning,) = report.warnings
+            assert "the scale of its bias b_q is not input scale times weight scale (up to 2 times off)" in warning
 
 
 def test_a_scale_for_each_channel_of_an_activation_is_warned_of_and_fails(tmp_path: Path) -> None:
@@ -373,7 +398,7 @@ def test_a_scale_for_each_channel_of_an_activation_is_warned_of_and_fails(tmp_pa
             tensor.CopyFrom(numpy_helper.from_array(np.full(4, value), tensor.name))
     path = written(model, tmp_path)
     (warning,) = inspect_model(path).warnings
-    assert warning.startswith("node_conv: its input has 4 scales, but QLinearConv takes one for the whole tensor")
+    assert warning.startswith("node_conv: its input has 4 scales. QLinearConv takes one for the whole tensor")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
