@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from mecdeploy.tables import _bytes, _dense_table, _table, _tally
+from mecdeploy.tables import _bytes, _count, _dense_table, _table, _tally
 
 if TYPE_CHECKING:
     from mecdeploy.runtime_checks.inspection_report import (
@@ -114,8 +114,8 @@ def islands(report: InspectionReport) -> Table:
         kinds = frozenset(reason.kind for reason in island.reasons)
         groups[(tuple(sorted(island.kernels.items())), kinds)].append(island)
     table = _dense_table("in float", "where", "why")
-    for column in table.columns:
-        column.justify = "left"
+    for column, width in zip(table.columns, (20, 24, None), strict=True):
+        column.justify, column.max_width = "left", width
     for alike in groups.values():
         first = alike[0]
         reasons = [f"{reason.what} [{reason.kind}]" for reason in first.reasons]
@@ -158,12 +158,9 @@ def _add_metadata(table: Table, promises: Promises) -> None:
         contract = promises.input
         sizes = "x".join(str(contract.get(key, "?")) for key in ("channels", "height", "width"))
         table.add_row("image", f"{contract.get('color', '?')} {sizes}, {contract.get('dtype', '?')}")
-    for name, bits in (("promised weight bits", promises.weight_bits), ("activation bits", promises.activation_bits)):
+    for name, bits in (("weights", promises.weight_bits), ("activations", promises.activation_bits)):
         if bits:
-            counts: dict[str, int] = defaultdict(int)
-            for width in bits.values():
-                counts[str(width)] += 1
-            table.add_row(name, ", ".join(f"{width}: {count}" for width, count in sorted(counts.items())))
+            table.add_row(f"promised {name}", _count(bits))
     if promises.checkpoint_sha256 is not None:
         table.add_row("checkpoint", promises.checkpoint_sha256[:16])
 

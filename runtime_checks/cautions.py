@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx
 
 from mecdeploy.runtime_checks import weight_reasons
-from mecdeploy.runtime_checks.inspection_report import LayerFacts
+from mecdeploy.runtime_checks.inspection_report import LayerFacts, Promises
 from mecdeploy.runtime_checks.patterns import Graph
 
 
@@ -31,3 +31,11 @@ def cautions(graph: Graph, node: onnx.NodeProto, layer: LayerFacts) -> Iterator[
                 f"{layer.name}: its {side} has {stored.scales} scales. {layer.kernel} takes one for the whole tensor: "
                 "it fails when it runs."
             )
+
+
+def broken_promises(layer: LayerFacts, metadata: Promises | None) -> Iterator[str]:
+    """Where mecdeploy's metadata says other bits than the weights of a layer are stored at."""
+    promised = (metadata.weight_bits or {}).get(layer.name) if metadata is not None else None
+    if promised is not None and promised != layer.weights.stored_bits:
+        stored = layer.weights.stored_bits
+        yield f"{layer.name}: its weights are stored at {stored} bits, the metadata promises {promised}."

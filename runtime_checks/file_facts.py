@@ -62,6 +62,7 @@ def promises(proto: onnx.ModelProto) -> Promises | None:
     }
     if not found:
         return None
+    islands = _json(found.get("islands"), dict)
     classes = _json(found.get("class_names"), list)
     return Promises(
         target=found.get("target"),
@@ -70,6 +71,7 @@ def promises(proto: onnx.ModelProto) -> Promises | None:
         weight_bits=_json(found.get("weight_bits"), dict),
         activation_bits=_json(found.get("activation_bits"), dict),
         checkpoint_sha256=found.get("checkpoint_sha256"),
+        islands=None if islands is None else {name: _reason(entry) for name, entry in islands.items()},
     )
 
 
@@ -135,6 +137,10 @@ def _port(value: onnx.ValueInfoProto) -> Port:
         dtype=_dtype(tensor.elem_type),
         shape=tuple(sizes) if tensor.HasField("shape") else None,
     )
+
+
+def _reason(island: Any) -> str:
+    return str(island.get("reason", "")) if isinstance(island, dict) else ""
 
 
 def _dtype(kind: int) -> str:

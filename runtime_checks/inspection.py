@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import onnx
@@ -15,18 +14,18 @@ import onnxruntime
 
 from mecdeploy.runtime_checks.activations import input_of, output_of
 from mecdeploy.runtime_checks.attribution import Attribution, attribute
-from mecdeploy.runtime_checks.cautions import cautions
+from mecdeploy.runtime_checks.cautions import broken_promises, cautions
 from mecdeploy.runtime_checks.file_facts import facts, promises, read_external
 from mecdeploy.runtime_checks.inspection_report import (
     FloatIsland,
     InspectionReport,
     LayerFacts,
+    Promises,
     Reason,
     RuntimeFacts,
 )
 from mecdeploy.runtime_checks.layers import (
     OPERANDS,
-    RESHAPING,
     bias_of,
     find_weight,
     label,
@@ -35,8 +34,8 @@ from mecdeploy.runtime_checks.layers import (
 )
 from mecdeploy.runtime_checks.model_file import parse_model
 from mecdeploy.runtime_checks.op_types import FLOAT_PRODUCTS, INTEGER_PRODUCTS, MIXED_PRODUCTS, is_float
-from mecdeploy.runtime_checks.patterns import Graph, unit_of
-from mecdeploy.runtime_checks.reasons import CONSEQUENCES, QUANTIZING, quantizes, why_float
+from mecdeploy.runtime_checks.patterns import Graph, island_of, unit_of
+from mecdeploy.runtime_checks.reasons import computes, quantizes, why_float, why_island
 from mecdeploy.runtime_checks.runtime import Refusal
 
 NOTHING_QUANTISED = Reason(
@@ -64,15 +63,20 @@ def inspect_model(path: str | Path) -> InspectionReport:
     layers = dict(_layers(graph, attribution, ours=metadata is not None))
     return InspectionReport(
         file=replace(file, parameters=sum(map(_parameters, layers.values()))),
-        runtime=_runtime(graph, attribution, error),
+        runtime=_runtime(graph, attribution, error, metadata),
         layers=tuple(layers.values()),
         metadata=metadata,
-        warnings=tuple(chain.from_iterable(cautions(graph, nodes[index], layer) for index, layer in layers.items())),
+        warnings=tuple(
+            warning
+            for index, layer in layers.items()
+            for warning in (*cautions(graph, nodes[index], layer), *broken_promises(layer, metadata))
+        ),
     )
 
 
 def _layers(graph: Graph, attribution: Attribution | None, *, ours: bool) -> Iterator[tuple[int, LayerFacts]]:
     """Every node that multiplies with weights of the file, by its place. ours: names are those of the units."""
+    quantized = quantizes(graph.proto)
     for index, node in enumerate(graph.proto.node):
         position = weight_index(graph, node)
         found = find_weight(graph, node, position) if position is not None else None
@@ -81,6 +85,7 @@ def _layers(graph: Graph, attribution: Attribution | None, *, ours: bool) -> Ite
         kernel = _kernel(attribution, index)
         arithmetic = _arithmetic(kernel) if kernel is not None else None
         bias, bias_size = bias_of(graph, node)
+        reasons = why_float(graph, node) if quantized else (NOTHING_QUANTISED,)
         layer = LayerFacts(
             name=unit_of(found.constant, node) if ours else label(node),
             op=node.op_type,
@@ -91,12 +96,14 @@ def _layers(graph: Graph, attribution: Attribution | None, *, ours: bool) -> Ite
             output=output_of(graph, node),
             bias=bias,
             bias_size=bias_size,
-            reasons=_reasons(graph, node) if arithmetic in ("float", "mixed") else (),
+            reasons=reasons if arithmetic in ("float", "mixed") else (),
         )
         yield index, layer
 
 
-def _runtime(graph: Graph, attribution: Attribution | None, error: str | None) -> RuntimeFacts:
+def _runtime(
+    graph: Graph, attribution: Attribution | None, error: str | None, metadata: Promises | None
+) -> RuntimeFacts:
     products: dict[str, list[str]] = {"integer": [], "mixed": [], "float": []}
     for index, node in enumerate(graph.proto.node):
         kernel = _kernel(attribution, index) if node.op_type in OPERANDS else None
@@ -109,37 +116,31 @@ def _runtime(graph: Graph, attribution: Attribution | None, error: str | None) -
         integer_products=tuple(products["integer"]),
         mixed_products=tuple(products["mixed"]),
         float_products=tuple(products["float"]),
-        islands=tuple(_islands(graph, attribution)) if attribution is not None else (),
+        islands=tuple(_islands(graph, attribution, metadata)) if attribution is not None else (),
     )
 
 
-def _islands(graph: Graph, attribution: Attribution) -> Iterator[FloatIsland]:
+def _islands(graph: Graph, attribution: Attribution, metadata: Promises | None) -> Iterator[FloatIsland]:
     """In the order of the file."""
+    quantized = quantizes(graph.proto)
     found = []
     for island in attribution.islands():
         indices = sorted({index for position in island for index in attribution.sources[position]})
         nodes = [graph.proto.node[index] for index in indices]
-        nodes = [node for node in nodes if node.op_type not in (*QUANTIZING, *RESHAPING, "Constant")] or nodes
-        reasons = [reason for node in nodes for reason in _reasons(graph, node)]
-        reasons = [reason for reason in reasons if reason.kind not in CONSEQUENCES] or reasons
+        nodes = [node for node in nodes if computes(node)] or nodes
         kernels = _count(node for node in map(attribution.graph.node.__getitem__, island) if is_float(node))
-        found.append(
-            (
-                indices,
-                FloatIsland(
-                    kernels=kernels,
-                    nodes=tuple(map(label, nodes)),
-                    reasons=tuple(dict.fromkeys(reasons)) or (_unexplained(kernels),),
-                ),
-            )
-        )
+        reasons = why_island(graph, nodes) if quantized else (NOTHING_QUANTISED,)
+        reasons = (*_exported(nodes, metadata), *reasons) or (_unexplained(kernels),)
+        found.append((indices, FloatIsland(kernels=kernels, nodes=tuple(map(label, nodes)), reasons=reasons)))
     return (island for _, island in sorted(found, key=lambda one: one[0]))
 
 
-def _reasons(graph: Graph, node: onnx.NodeProto) -> tuple[Reason, ...]:
-    if not quantizes(graph.proto):
-        return (NOTHING_QUANTISED,)
-    return why_float(graph, node)
+def _exported(nodes: Sequence[onnx.NodeProto], metadata: Promises | None) -> Iterator[Reason]:
+    """What mecdeploy's export says of the islands it made of these nodes."""
+    described = (metadata.islands or {}) if metadata is not None else {}
+    for name in dict.fromkeys(island_of(node.name, described) for node in nodes):
+        if name is not None:
+            yield Reason(kind="exported-island", what=f"exported as float island {name}: {described[name]}")
 
 
 def _unexplained(kernels: Mapping[str, int]) -> Reason:

@@ -160,7 +160,7 @@ class RuntimeFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Promises:
-    """What mecdeploy's own metadata says, as it is written there; None what it leaves out."""
+    """What mecdeploy's own metadata says, as it is written there; None what it leaves out. islands: why, by name."""
 
     target: str | None
     classes: int | None
@@ -168,6 +168,7 @@ class Promises:
     weight_bits: Mapping[str, int] | None
     activation_bits: Mapping[str, int] | None
     checkpoint_sha256: str | None
+    islands: Mapping[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)

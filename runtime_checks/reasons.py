@@ -8,7 +8,7 @@ the pattern is said.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -52,7 +52,7 @@ MOVED = frozenset(
 """What runs on codes between DequantizeLinear and QuantizeLinear, but is no such bridge."""
 
 CONSEQUENCES = ("float-input", "float-output")
-"""Of operators beside a float one: within an island the other reasons say where it begins."""
+"""Of operators beside a float one."""
 
 QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
@@ -64,9 +64,14 @@ def quantizes(proto: onnx.GraphProto) -> bool:
     return bool(kinds & QUANTIZING) or any(kind.startswith(integer) for kind in kinds)
 
 
+def computes(node: onnx.NodeProto) -> bool:
+    """Whether a node of the file does more than to move or quantise values."""
+    return node.op_type not in CARRIED | MOVED | QUANTIZING | {"Constant"}
+
+
 def why_float(graph: Graph, node: onnx.NodeProto) -> tuple[Reason, ...]:
     """What keeps a node of the file from becoming an integer kernel; empty for what does not compute."""
-    if node.op_type in CARRIED | MOVED | QUANTIZING | {"Constant"}:
+    if not computes(node):
         return ()
     if node.op_type in ACTIVATIONS:
         return tuple(_activation(graph, node))
@@ -81,6 +86,18 @@ def why_float(graph: Graph, node: onnx.NodeProto) -> tuple[Reason, ...]:
         *_output(graph, node),
     ]
     return tuple(found) or (Reason(kind="unknown", what=f"no known cause; around it: {_surroundings(graph, node)}"),)
+
+
+def why_island(graph: Graph, nodes: Sequence[onnx.NodeProto]) -> tuple[Reason, ...]:
+    """Why operators that feed each other stay float: where the island begins, without what only follows from it."""
+    reasons = {label(node): why_float(graph, node) for node in nodes}
+    every = tuple(dict.fromkeys(reason for found in reasons.values() for reason in found))
+    causes = tuple(reason for reason in every if reason.kind not in CONSEQUENCES)
+    kept = [f"{node.op_type} {label(node)}" for node in nodes if reasons[label(node)]]
+    if causes or len(kept) < 2:
+        return causes or every
+    what = f"{_list(kept)} have integer kernels, but no QuantizeLinear and DequantizeLinear stand between them"
+    return (Reason(kind="unquantised-inside", what=what),)
 
 
 def _without_kernel(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
@@ -122,7 +139,8 @@ def _data(graph: Graph, node: onnx.NodeProto) -> Iterator[Reason]:
                 what=f"{source.op_type} {label(source)} stands between DequantizeLinear and its input {name}",
             )
         elif known(graph, name) is not None:
-            yield Reason(kind="float-constant", what=f"its operand {name} is a float constant")
+            if any(_is_dequantized(graph, other) for other in node.input if other and other != name):
+                yield Reason(kind="float-constant", what=f"its operand {name} is a float constant")
         elif source is None:
             yield Reason(kind="graph-input", what=f"its input {name} is one of the graph's, and is not quantised")
         else:

@@ -77,6 +77,9 @@ def test_our_own_metadata_is_shown_and_not_needed(tmp_path: Path) -> None:
     assert report.runtime.islands == () and report.warnings == ()
     assert len(report.runtime.integer_products) == 9
     for prop in model.metadata_props:
+        prop.value = prop.value.replace('"stem": 8', '"stem": 4')
+    assert inspected(model, tmp_path).warnings == ("stem: its weights are stored at 8 bits, the metadata promises 4.",)
+    for prop in model.metadata_props:
         prop.value = "{" if prop.key == "mecdeploy.weight_bits" else prop.value
     damaged = inspected(model, tmp_path).metadata
     assert damaged is not None and damaged.weight_bits is None and damaged.classes == 3
