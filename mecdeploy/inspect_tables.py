@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         Weights,
     )
 
-_PORTS, _TENSORS, _NAMES, _REASONS = 4, 8, 3, 4
+_PORTS, _TENSORS, _NAMES, _REASONS = 4, 8, 2, 4
 
 
 def everything(report: InspectionReport) -> Iterator[Table]:

@@ -130,17 +130,19 @@ def _islands(graph: Graph, attribution: Attribution, metadata: Promises | None) 
         nodes = [node for node in nodes if computes(node)] or nodes
         kernels = _count(node for node in map(attribution.graph.node.__getitem__, island) if is_float(node))
         reasons = why_island(graph, nodes) if quantized else (NOTHING_QUANTISED,)
-        reasons = (*_exported(nodes, metadata), *reasons) or (_unexplained(kernels),)
+        if exported := _exported(nodes, metadata):
+            reasons = (*exported, *(reason for reason in reasons if reason.kind != "unquantised-inside"))
+        reasons = reasons or (_unexplained(kernels),)
         found.append((indices, FloatIsland(kernels=kernels, nodes=tuple(map(label, nodes)), reasons=reasons)))
     return (island for _, island in sorted(found, key=lambda one: one[0]))
 
 
-def _exported(nodes: Sequence[onnx.NodeProto], metadata: Promises | None) -> Iterator[Reason]:
-    """What mecdeploy's export says of the islands it made of these nodes."""
+def _exported(nodes: Sequence[onnx.NodeProto], metadata: Promises | None) -> tuple[Reason, ...]:
+    """Why mecdeploy's export left these nodes in float, as its metadata says; each cause once."""
     described = (metadata.islands or {}) if metadata is not None else {}
-    for name in dict.fromkeys(island_of(node.name, described) for node in nodes):
-        if name is not None:
-            yield Reason(kind="exported-island", what=f"exported as float island {name}: {described[name]}")
+    names = dict.fromkeys(island_of(node.name, described) for node in nodes)
+    causes = dict.fromkeys(described[name] for name in names if name is not None)
+    return (Reason(kind="exported-island", what=f"exported so: {', '.join(causes)}"),) if causes else ()
 
 
 def _unexplained(kernels: Mapping[str, int]) -> Reason:
