@@ -197,7 +197,7 @@ def check(
 def inspect(model: str | Path) -> InspectionReport:
     """Say what is in any ONNX file and what onnxruntime makes of it: kernels, float islands with reasons, bytes.
 
-    Raises CheckError for what is no ONNX file; one that onnxruntime refuses is none, `report.runtime.error` says why.
+    Raises CheckError for what is no ONNX file; one that onnxruntime refuses is, and `report.runtime.error` says why.
     """
     from mecdeploy.runtime_checks import inspect_model
 

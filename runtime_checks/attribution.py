@@ -17,10 +17,11 @@ from onnx import TensorProto
 
 from mecdeploy.runtime_checks.op_types import INTEGER_PRODUCTS, MIXED_PRODUCTS, NOT_FLOAT, is_float
 from mecdeploy.runtime_checks.patterns import Graph, attributes_of
-from mecdeploy.runtime_checks.runtime import optimized_graph
+from mecdeploy.runtime_checks.runtime import Refusal, optimized_graph
 
 _MARK = re.compile(r"@node:(\d+)@")
 _ADDED = re.compile(r"^InsertedPrecisionFreeCast_|(_token_\d+|_nchwc)+$")
+_LARGEST = 2**31
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _WRITES: dict[str, int] = {
     **dict.fromkeys(("DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"), TensorProto.FLOAT),
@@ -76,6 +77,8 @@ class Attribution:
 
 def attribute(proto: onnx.ModelProto, label: str) -> Attribution:
     """Have onnxruntime optimise the model, and find where its nodes went. Refusal if onnxruntime refuses it."""
+    if proto.ByteSize() >= _LARGEST:
+        raise Refusal(label, "2 GiB or more with its external data, which no protobuf message holds")
     names = [node.name for node in proto.graph.node]
     try:
         for index, node in enumerate(proto.graph.node):

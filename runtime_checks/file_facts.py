@@ -145,6 +145,8 @@ def _reason(island: Any) -> str:
 
 def _dtype(kind: int) -> str:
     """The name that numpy has for an element type: float32, where ONNX says FLOAT."""
+    if kind not in TensorProto.DataType.values():
+        return f"type {kind}"
     name = TensorProto.DataType.Name(kind).lower()
     return {"float": "float32", "double": "float64"}.get(name, str(name))
 

@@ -46,7 +46,8 @@ NOTHING_QUANTISED = Reason(
 def inspect_model(path: str | Path) -> InspectionReport:
     """Read a model file, have onnxruntime optimise it, and say what is in it and what became of it.
 
-    Raises CheckError for what is no ONNX file. A file that onnxruntime refuses is none: report.runtime.error says why.
+    Raises CheckError for what is no ONNX file. One that onnxruntime refuses is: report.runtime.error says why; it has
+    layers if it keeps to the ONNX standard.
     """
     path = Path(path)
     _, proto, size = parse_model(path)
@@ -60,7 +61,8 @@ def inspect_model(path: str | Path) -> InspectionReport:
     except Refusal as refusal:
         attribution, error = None, refusal.reason
     metadata, nodes = promises(proto), proto.graph.node
-    layers = dict(_layers(graph, attribution, ours=metadata is not None))
+    sound = attribution is not None or _is_valid(proto)
+    layers = dict(_layers(graph, attribution, ours=metadata is not None)) if sound else {}
     return InspectionReport(
         file=replace(file, parameters=sum(map(_parameters, layers.values()))),
         runtime=_runtime(graph, attribution, error, metadata),
@@ -74,6 +76,15 @@ def inspect_model(path: str | Path) -> InspectionReport:
     )
 
 
+def _is_valid(proto: onnx.ModelProto) -> bool:
+    """Whether every node has the inputs, outputs and attributes that ONNX demands of it."""
+    try:
+        onnx.checker.check_model(proto)
+    except (onnx.checker.ValidationError, ValueError):
+        return False
+    return True
+
+
 def _layers(graph: Graph, attribution: Attribution | None, *, ours: bool) -> Iterator[tuple[int, LayerFacts]]:
     """Every node that multiplies with weights of the file, by its place. ours: names are those of the units."""
     quantized = quantizes(graph.proto)
@@ -85,7 +96,9 @@ def _layers(graph: Graph, attribution: Attribution | None, *, ours: bool) -> Ite
         kernel = _kernel(attribution, index)
         arithmetic = _arithmetic(kernel) if kernel is not None else None
         bias, bias_size = bias_of(graph, node)
-        reasons = why_float(graph, node) if quantized else (NOTHING_QUANTISED,)
+        reasons: tuple[Reason, ...] = ()
+        if arithmetic in ("float", "mixed"):
+            reasons = why_float(graph, node) if quantized else (NOTHING_QUANTISED,)
         layer = LayerFacts(
             name=unit_of(found.constant, node) if ours else label(node),
             op=node.op_type,
@@ -96,7 +109,7 @@ def _layers(graph: Graph, attribution: Attribution | None, *, ours: bool) -> Ite
             output=output_of(graph, node),
             bias=bias,
             bias_size=bias_size,
-            reasons=reasons if arithmetic in ("float", "mixed") else (),
+            reasons=reasons,
         )
         yield index, layer
 

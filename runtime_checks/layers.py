@@ -216,5 +216,5 @@ def ends(values: Array | None) -> tuple[float, float] | None:
 
 def whole_ends(values: Array | None) -> tuple[int, int] | None:
     """Smallest and largest of integers, if there are any."""
-    found = ends(values)
+    found = ends(values) if values is not None and values.dtype.kind in "iu" else None
     return None if found is None else (int(found[0]), int(found[1]))

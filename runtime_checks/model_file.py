@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,27 @@ def parse_model(source: ModelSource) -> tuple[str, onnx.ModelProto, int]:
         proto.ParseFromString(data)
     except Exception:  # protobuf's DecodeError, whose module carries no types
         raise CheckError(f"{label}: not a readable ONNX file; it is truncated or damaged. Export it again.") from None
+    if any(isinstance(text, bytes) for text in _texts(proto)):  # protobuf's way to hand over what is not UTF-8
+        raise CheckError(f"{label}: not a readable ONNX file; a name in it is damaged. Export it again.")
     if not proto.graph.node:
         raise CheckError(f"{label}: holds no ONNX graph. Export it again, or name another file.")
     return label, proto, len(data)
+
+
+def _texts(proto: onnx.ModelProto) -> Iterator[str]:
+    """Every name and text in a model that somebody reads."""
+    yield from (proto.producer_name, proto.producer_version)
+    yield from (entry.domain for entry in proto.opset_import)
+    yield from (text for entry in proto.metadata_props for text in (entry.key, entry.value))
+    for node in proto.graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    for tensor in proto.graph.initializer:
+        yield tensor.name
+        yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
+    for value in (*proto.graph.input, *proto.graph.output):
+        yield value.name
+        yield from (size.dim_param for size in value.type.tensor_type.shape.dim)
 
 
 def _islands(label: str, described: dict[str, Any]) -> dict[str, Island]:

@@ -114,7 +114,7 @@ def open_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+        return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS, enable_fallback=0)  # it prints
     except Exception as error:  # onnxruntime's errors share no narrower base class
         raise Refusal(label, brief(error)) from None
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from onnxruntime.quantization import QuantFormat, QuantType
 from qdq_models import residual_network
 from qdq_storage import STORAGES, STORED_BITS
 
-from mecdeploy.runtime_checks import CheckError, InspectionReport, inspect_model
+from mecdeploy.runtime_checks import CheckError, InspectionReport, inspect_model, inspection
+from mecdeploy.runtime_checks.attribution import Attribution
+from mecdeploy.runtime_checks.runtime import Refusal
 
 FOREIGN = Path(__file__).parent / "foreign"
 
@@ -338,6 +341,58 @@ def test_every_truncation_is_an_error_or_a_report(tmp_path: Path) -> None:
         except CheckError:
             outcomes["refused"] += 1
     assert outcomes["refused"] >= 20
+
+
+@pytest.mark.parametrize("storage", ["int4", "table3"])
+def test_any_damage_is_an_error_or_a_report(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost inputs and outputs, other operators, types, shapes and bytes. Not for onnxruntime: some versions crash."""
+
+    def refuse(proto: onnx.ModelProto, label: str) -> Attribution:
+        raise Refusal(label, "not asked")
+
+    monkeypatch.setattr(inspection, "attribute", refuse)
+    model, draw = residual_network(storage=storage), random.Random(0)
+    outcomes: Counter[str] = Counter()
+    for turn in range(40):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        node, tensor = draw.choice(copy.graph.node), draw.choice(copy.graph.initializer)
+        match turn % 8:
+            case 0:
+                node.input.pop()
+            case 1:
+                node.output.pop()
+            case 2:
+                node.input[draw.randrange(len(node.input))] = ""
+            case 3:
+                node.op_type = draw.choice(["Conv", "QLinearConv", "MatMulNBits", "DequantizeLinear", "Clip", "Concat"])
+            case 4:
+                tensor.dims.append(draw.randrange(4))
+            case 5:
+                tensor.data_type = draw.choice(sorted(TensorProto.DataType.values()))
+            case 6:
+                del node.attribute[:]
+            case 7:
+                tensor.raw_data = tensor.raw_data[: len(tensor.raw_data) // 2]
+        content = bytearray(copy.SerializeToString())
+        for _ in range(turn % 3):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path = tmp_path / "damaged.onnx"
+        path.write_bytes(content)
+        try:
+            report = inspect_model(path)
+            json.dumps(report.to_json(), allow_nan=False)
+            outcomes["layers" if report.layers else "no layers"] += 1
+        except CheckError:
+            outcomes["no model"] += 1
+    assert min(outcomes["layers"], outcomes["no layers"], outcomes["no model"]) > 0, outcomes
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(convolution().SerializeToString().replace(b"node_conv", b"node_\xffonv"))
+    with pytest.raises(CheckError, match="model.onnx: not a readable ONNX file; a name in it is damaged"):
+        inspect_model(path)
 
 
 def run_both(path: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,9 @@ def test_a_fault_is_the_reason_and_without_it_there_is_none(fault: str, tmp_path
     kind = fault.split(":")[0]
     if with_it.layers:
         (layer,) = with_it.layers
+        if layer.arithmetic == "integer":  # onnxruntime 1.24 fuses some of them, and computes something else
+            assert len(with_it.warnings) == 1 and without.warnings == ()
+            return
         assert layer.arithmetic == "float"
         assert [reason.kind for reason in layer.reasons] == [kind], layer.reasons
         (repaired,) = without.layers
@@ -67,8 +70,12 @@ def test_a_fault_is_the_reason_and_without_it_there_is_none(fault: str, tmp_path
     ],
 )
 def test_the_words(fault: str, what: str, tmp_path: Path) -> None:
-    (layer,) = inspected(FAULTS[fault][0](), tmp_path).layers
-    assert [reason.what for reason in layer.reasons] == [what]
+    report = inspected(FAULTS[fault][0](), tmp_path)
+    (layer,) = report.layers
+    if layer.arithmetic == "integer":  # onnxruntime 1.24, as above
+        assert what in report.warnings[0]
+    else:
+        assert [reason.what for reason in layer.reasons] == [what]
 
 
 def test_operators_that_are_not_quantised_between_each_other(tmp_path: Path) -> None:
