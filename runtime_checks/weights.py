@@ -91,7 +91,7 @@ class Constants:
             return None
         try:
             return _FOLDS[node.op_type](node, known)
-        except (ValueError, IndexError, KeyError) as error:
+        except (ValueError, IndexError, KeyError, TypeError) as error:
             raise CheckError(
                 f"node {node.name!r} ({node.op_type}): cannot be evaluated from the file ({error}). "
                 "Export the run again."
