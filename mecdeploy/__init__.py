@@ -32,9 +32,8 @@ if not (Path(__file__).parent / "training").is_dir():
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mecdeploy.api import ExportReport, check, export, train
-    from mecdeploy.benchmark import BenchReport, bench
     from mecdeploy.api import ExportReport, check, export, inspect, train
+    from mecdeploy.benchmark import BenchReport, bench
     from mecdeploy.config import read_config
     from mecdeploy.measures import HessianReport, RepresentationReport, hessian, representation
     from mecdeploy.prediction import Prediction, predict
@@ -56,9 +55,8 @@ if TYPE_CHECKING:
     from mecdeploy.training.preparation import prepare
 
 _HOMES = {
-    "mecdeploy.api": ("ExportReport", "check", "train"),
-    "mecdeploy.benchmark": ("BenchReport", "bench"),
     "mecdeploy.api": ("ExportReport", "check", "inspect", "train"),
+    "mecdeploy.benchmark": ("BenchReport", "bench"),
     "mecdeploy.config": ("read_config",),
     "mecdeploy.measures": ("HessianReport", "RepresentationReport", "hessian", "representation"),
     "mecdeploy.prediction": ("Prediction", "predict"),
