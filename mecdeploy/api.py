@@ -13,21 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mecdeploy import __version__, run_folder
+from mecdeploy import run_folder
+from mecdeploy.certificate import CHECKPOINT_DIGEST, certify, compare, metadata_of, model_file, validation_images
 from mecdeploy.config import require_same_run
 from mecdeploy.errors import UserError
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, WarningEvent
 from mecdeploy.training.world import joined
 
-_DIGEST = "mecdeploy.checkpoint_sha256"
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from mecdeploy.runtime_checks import InspectionReport, ParityReport
-    from mecdeploy.training.data import ImageSource
     from mecdeploy.training.loop import TrainResult
     from mecdeploy.training.model import QuantizedModel
     from mecdeploy.training.run import LoadedRun
@@ -140,7 +138,7 @@ def export(
     if folder is not None:
         loaded = _load(folder)
         network, class_names = loaded.model, loaded.class_names
-        metadata[_DIGEST] = loaded.sha256
+        metadata[CHECKPOINT_DIGEST] = loaded.sha256
     if class_names is not None:
         metadata["mecdeploy.class_names"] = json.dumps(list(class_names), ensure_ascii=False)
     content = export_model(lower(network), config, metadata)
@@ -170,28 +168,12 @@ def check(
     if folder is None:
         if model is None or images is None or labels is None:
             raise UserError("a network of your own has no run folder; give the model file, images= and labels=.")
-        return _compare(Path(model), cast("QuantizedModel", run), images, labels, progress)
+        return compare(Path(model), cast("QuantizedModel", run), images, labels, progress)
     if images is not None or labels is not None:
         raise UserError("a run is checked on its own validation images; leave out images= and labels=.")
-    path = Path(model) if model is not None else folder.path / run_folder.MODEL
-    if not path.is_file():
-        raise UserError(f"{path}: no such model file; write it with `mecdeploy export {folder.path}`.")
-    from mecdeploy.training.data import load_dataset
-    from mecdeploy.training.data.unlabelled import KnownClasses
-
+    path = model_file(folder, model)
     loaded = _load(folder)
-    config = folder.read_config()
-    classes = KnownClasses(names=loaded.class_names, named=True)
-    dataset = load_dataset(config.data, seed=config.seed, classes=lambda shape: classes)
-    labels = dataset.validation.labels.numpy() if dataset.validation_labelled else None
-    report = _compare(path, loaded.model, _on_disk(dataset.validation), labels, progress)
-    if not report.passed and _metadata(path.read_bytes()).get(_DIGEST) != loaded.sha256:
-        reason = (
-            f"{path} was exported from another checkpoint than {loaded.checkpoint.name}; export {folder.path} again."
-        )
-        report = dataclasses.replace(report, failures=(reason, *report.failures))
-    run_folder.write_json(folder.path / run_folder.PARITY, report.to_json())
-    return report
+    return certify(folder, loaded, path, validation_images(folder.read_config(), loaded.class_names), progress)
 
 
 def inspect(model: str | Path) -> InspectionReport:
@@ -204,22 +186,6 @@ def inspect(model: str | Path) -> InspectionReport:
     return inspect_model(model)
 
 
-def _compare(
-    path: Path,
-    network: QuantizedModel,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64] | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> ParityReport:
-    import torch
-
-    from mecdeploy.reference import TorchReference
-    from mecdeploy.runtime_checks import check_model
-
-    versions = {"mecdeploy": __version__, "torch": torch.__version__}
-    return check_model(path, images, labels, TorchReference(network), progress=progress, extra_versions=versions)
-
-
 def _run_folder(run: str | Path | QuantizedModel) -> run_folder.RunFolder | None:
     """The run's folder, refused if it is none; None for a network."""
     return run_folder.require_run(Path(run)) if isinstance(run, str | Path) else None
@@ -229,26 +195,6 @@ def _load(folder: run_folder.RunFolder) -> LoadedRun:
     from mecdeploy.training.run import load_run
 
     return load_run(folder.path, model_name=folder.read_config().model.name)
-
-
-def _on_disk(source: ImageSource) -> NDArray[np.uint8]:
-    """All images of a source, uint8 [n, C, H, W], in a file that goes with the array: they may not fit in memory."""
-    import tempfile
-
-    import numpy as np
-
-    stacked: NDArray[np.uint8] | None = None
-    done = 0
-    for batch in source.batches(64):
-        images = batch.images[0].numpy()
-        if stacked is None:
-            file = tempfile.TemporaryFile()  # noqa: SIM115 (the array keeps its own handle on it)
-            stacked = np.memmap(file, np.uint8, "w+", shape=(len(source), *images.shape[1:]))
-            file.close()
-        stacked[done : done + len(images)] = images
-        done += len(images)
-    assert stacked is not None and done == len(source)
-    return stacked
 
 
 def _record(metrics: run_folder.Metrics, event: Event, tell: Callable[[Event], None]) -> None:
@@ -281,7 +227,7 @@ def _unwritten(error: OSError, consequence: str) -> WarningEvent:
 
 def _describe(path: Path, content: bytes, target: str, input: str) -> ExportReport:
     """Read the bits back from the file itself, not from what was asked for."""
-    metadata = _metadata(content)
+    metadata = metadata_of(content)
     return ExportReport(
         path=path,
         size=len(content),
@@ -294,9 +240,3 @@ def _describe(path: Path, content: bytes, target: str, input: str) -> ExportRepo
             for name, island in json.loads(metadata.get("mecdeploy.islands", "{}")).items()
         },
     )
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    import onnx
-
-    return {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}

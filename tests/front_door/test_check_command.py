@@ -163,10 +163,44 @@ def test_reference_is_the_model_it_wraps(run: Path) -> None:
 
 
 def test_validation_images_need_not_fit_in_memory() -> None:
-    from mecdeploy import DataConfig, api
+    from mecdeploy import DataConfig, certificate
     from mecdeploy.training.data import load_dataset
 
     source = load_dataset(DataConfig(name="digits"), seed=0).validation
-    stacked = api._on_disk(source)
+    stacked = certificate.on_disk(source)
     assert isinstance(stacked, np.memmap)
     np.testing.assert_array_equal(stacked, next(iter(source.batches(len(source)))).images[0].numpy())
+
+
+def test_the_certificate_says_of_which_bytes_and_no_longer_stands_when_they_change(
+    run: Path, model: Path, tmp_path: Path
+) -> None:
+    import hashlib
+    from datetime import UTC, datetime, timedelta
+
+    from mecdeploy import certificate
+    from mecdeploy.run_folder import require_run
+    from mecdeploy.training.run import load_run
+
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    file = Path(shutil.copy(model, copied / "model.onnx"))
+    folder, loaded = require_run(copied), load_run(copied)
+    shown = certificate.validation_images(folder.read_config(), loaded.class_names)
+    assert certificate.standing_certificate(folder, loaded, file, shown) is None  # no check yet
+    certificate.certify(folder, loaded, file, shown, None)
+    found = certificate.standing_certificate(folder, loaded, file, shown)
+    assert found == json.loads((copied / "parity.json").read_text())
+    assert found["model_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found["checkpoint_sha256"] == hashlib.sha256(loaded.checkpoint.read_bytes()).hexdigest()
+    assert datetime.now(UTC) - datetime.fromisoformat(found["date"]) < timedelta(hours=1)
+
+    others = certificate.ValidationImages(images=255 - shown.images, labels=shown.labels)
+    assert certificate.standing_certificate(folder, loaded, file, others) is None
+    elsewhere = {**found, "cpu": {**found["cpu"], "model": "another processor"}}
+    for damaged in (json.dumps(elsewhere), "[]", "{", json.dumps({**found, "versions": {}})):
+        (copied / "parity.json").write_text(damaged)
+        assert certificate.standing_certificate(folder, loaded, file, shown) is None
+    (copied / "parity.json").write_text(json.dumps(found))
+    assert certificate.standing_certificate(folder, loaded, file, shown) == found
+    damage(file, "fc/weight", file)
+    assert certificate.standing_certificate(folder, loaded, file, shown) is None
