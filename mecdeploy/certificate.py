@@ -85,7 +85,7 @@ def standing_certificate(
     found: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         found = json.loads((folder.path / run_folder.PARITY).read_text(encoding="utf-8"))
-    expected = {**_digests(loaded, path, shown), "cpu": dataclasses.asdict(describe_cpu()), "versions": _versions()}
+    expected = {**_digests(loaded, path, shown), "cpu": dataclasses.asdict(describe_cpu()), "versions": versions_here()}
     same = isinstance(found, dict) and all(found.get(key) == value for key, value in expected.items())
     return found if same else None
 
@@ -144,7 +144,8 @@ def _digests(loaded: LoadedRun, path: Path, shown: ValidationImages) -> dict[str
     }
 
 
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
+    """Of everything that takes part in a check."""
     from mecdeploy.runtime_checks.machine import versions
 
     return {**versions(), **_own_versions()}

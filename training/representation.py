@@ -95,6 +95,20 @@ def code_use(name: str, bits: int, counts: Tensor) -> CodeUse:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodeHistogram:
+    """How many values of one quantiser have each of its codes. codes: ascending integers; counts: integers [codes]."""
+
+    name: str
+    bits: int
+    codes: tuple[int, ...]
+    counts: Tensor
+
+    def use(self) -> CodeUse:
+        """The measures of it."""
+        return code_use(self.name, self.bits, self.counts)
+
+
 def effective_rank(rows: Tensor) -> float:
     """Exponential of the entropy of the singular values' shares, of rows [m, d]; 0 for rows of zeros.
 
@@ -175,7 +189,7 @@ def measure(network: nn.Module, spec: InputSpec, batches: Iterable[Batch], *, di
             labels.append(batch.labels.cpu())
     return Representation(
         activations=tuple(histogram.use(name) for name, histogram in histograms.items()),
-        weights=tuple(_weight_uses(network)) if isinstance(network, QuantizedModel) else (),
+        weights=tuple(found.use() for found in weight_histograms(network)) if isinstance(network, QuantizedModel) else (),
         features=feature_spread(torch.cat(features), torch.cat(labels), distortion=distortion),
     )
 
@@ -211,7 +225,8 @@ def _count_codes(network: QuantizedModel, histograms: dict[str, _Histogram], sta
             stack.callback(unit.register_forward_hook(count).remove)
 
 
-def _weight_uses(network: QuantizedModel) -> Iterator[CodeUse]:
+def weight_histograms(network: QuantizedModel) -> Iterator[CodeHistogram]:
+    """Of every unit with weights, in execution order."""
     for name, unit in network.units().items():
         if isinstance(unit, WeightedUnit):
             quantizer = unit.weight_quantizer
@@ -223,7 +238,7 @@ def _weight_uses(network: QuantizedModel) -> Iterator[CodeUse]:
             levels = torch.unique(levels)  # of a codebook, single entries
             places = torch.searchsorted(levels.to(codes), codes)
             counts = torch.bincount(places, minlength=len(levels))
-            yield code_use(name, quantizer.bits, counts.cpu())
+            yield CodeHistogram(name=name, bits=quantizer.bits, codes=tuple(levels.tolist()), counts=counts.cpu())
 
 
 def _quantized_features(network: QuantizedModel) -> Callable[[Tensor], Tensor]:
