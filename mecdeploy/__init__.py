@@ -10,6 +10,7 @@ The public API, loaded on first use so that `import mecdeploy` costs nothing:
     export(run)                     one ONNX file with packed low-bit weights
     check(run)                      proof that onnxruntime computes what PyTorch trained
     inspect(model)                  what is in any ONNX file, and what onnxruntime makes of it
+    report(run)                     one HTML page about all of it
     predict(model, images)          onnxruntime alone
     bench(model, against=...)       load time, memory, latency and throughput in onnxruntime, beside others'
     prepare(model, config, spec)    quantise a network of your own; then calibrate, your training loop, export, check
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from mecdeploy.config import read_config
     from mecdeploy.measures import HessianReport, RepresentationReport, hessian, representation
     from mecdeploy.prediction import Prediction, predict
+    from mecdeploy.run_report.writing import RunReport, report
     from mecdeploy.sensitivity_study import SensitivityReport, sensitivity
     from mecdeploy.study.compare import compare
     from mecdeploy.study.report import StudyReport
@@ -60,6 +62,7 @@ _HOMES = {
     "mecdeploy.config": ("read_config",),
     "mecdeploy.measures": ("HessianReport", "RepresentationReport", "hessian", "representation"),
     "mecdeploy.prediction": ("Prediction", "predict"),
+    "mecdeploy.run_report.writing": ("RunReport", "report"),
     "mecdeploy.sensitivity_study": ("SensitivityReport", "sensitivity"),
     "mecdeploy.study.compare": ("compare",),
     "mecdeploy.study.report": ("StudyReport",),
@@ -92,6 +95,7 @@ __all__ = [
     "QuantConfig",
     "QuantizedModel",
     "RepresentationReport",
+    "RunReport",
     "ScheduleConfig",
     "SensitivityReport",
     "StudyReport",
@@ -107,6 +111,7 @@ __all__ = [
     "predict",
     "prepare",
     "read_config",
+    "report",
     "representation",
     "sensitivity",
     "train",

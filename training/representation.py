@@ -189,7 +189,9 @@ def measure(network: nn.Module, spec: InputSpec, batches: Iterable[Batch], *, di
             labels.append(batch.labels.cpu())
     return Representation(
         activations=tuple(histogram.use(name) for name, histogram in histograms.items()),
-        weights=tuple(found.use() for found in weight_histograms(network)) if isinstance(network, QuantizedModel) else (),
+        weights=tuple(found.use() for found in weight_histograms(network))
+        if isinstance(network, QuantizedModel)
+        else (),
         features=feature_spread(torch.cat(features), torch.cat(labels), distortion=distortion),
     )
 

@@ -54,8 +54,9 @@ class Heard:
 def hear(
     file: ModelFile, loaded: LoadedRun, shown: ValidationImages, certificate: Certificate, progress: Progress
 ) -> Heard:
-    """Run the validation images through onnxruntime and full precision, and where the check saw a logit differ, or
-    of fewer images, PyTorch's quantised network, too.
+    """Run the validation images through onnxruntime and full precision.
+
+    Through PyTorch's quantised network too, where the check has not found all logits of these images to be the same.
     """
     import torch
 

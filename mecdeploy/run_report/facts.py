@@ -148,9 +148,10 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A validation image and what was said of it. index: its place among them. png: base64, of the image or a smaller
-    copy; left out of report.json. label: None for an image without. pytorch: None where it was not asked, since its
-    logits are known to be onnxruntime's.
+    """A validation image and what was said of it.
+
+    index: its place among them. label: None for an image without. pytorch: None where it was not asked, since its
+    logits are known to be onnxruntime's. png: base64, of the image or a smaller copy; left out of report.json.
     """
 
     index: int
@@ -205,6 +206,7 @@ class ReportFacts:
     seed: int
     classes: tuple[str, ...]
     input_shape: tuple[int, int, int]
+    input_dtype: str
     target: str
     model: str
     accuracy: Accuracy

@@ -61,6 +61,7 @@ def gather(run: Path, model: Path | None, progress: Progress) -> ReportFacts:
         seed=config.seed,
         classes=loaded.class_names,
         input_shape=file.shape,
+        input_dtype=file.input_dtype,
         target=file.target,
         model=str(path),
         accuracy=accuracy(heard, shown),
