@@ -47,9 +47,9 @@ _TIDIED = (
     (re.compile(r"<metadata>.*?</metadata>|<style .*?</style>", re.DOTALL), ""),
     (re.compile(r' id="[a-z]+_\d+"| id="matplotlib\.\w+"'), ""),
     (re.compile(r" font-family: [^;]*;"), ""),
-    (re.compile(r"(\d\.\d)\d+"), r"\1"),
     (re.compile(r"\s*\n\s*"), " "),
 )
+_COORDINATES = re.compile(r' (?:d|x|y|transform)="[^"]*"')
 _PANEL = (4.6, 2.6)  # inches
 _SMALL = (2.2, 0.9)
 _APART = ("beta", "task", "distill")
@@ -178,6 +178,7 @@ def _svg(figure: Figure) -> str:
     svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg)
     for pattern, replacement in _TIDIED:
         svg = pattern.sub(replacement, svg)
+    svg = _COORDINATES.sub(lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), svg)
     for placeholder, colour in _COLOURS.items():
         svg = svg.replace(placeholder, colour)
     return svg.strip()
