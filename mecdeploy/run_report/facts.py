@@ -195,7 +195,8 @@ class Answers:
 class ReportFacts:
     """All of it. run: the folder as it was given. date: of the report, UTC. history: metrics.jsonl, an epoch each.
 
-    codes_images: how many images the codes were counted over. settings: run.toml. processor, versions: of the report.
+    codes_images: how many images the codes were counted over. timed_images: of the run whose time the layers share.
+    settings: run.toml. processor, versions: of the report.
     """
 
     run: str
@@ -216,6 +217,7 @@ class ReportFacts:
     history: tuple[Mapping[str, Any], ...]
     layers: tuple[Layer, ...]
     codes_images: int
+    timed_images: int
     kernels: Mapping[str, int]
     answers: Answers
     settings: str

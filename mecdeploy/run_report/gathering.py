@@ -16,7 +16,9 @@ from mecdeploy.run_report.counting import Counted, count_codes
 from mecdeploy.run_report.facts import Certificate, Histogram, Latency, Layer, ReportFacts, Sizes, Value, Weights
 from mecdeploy.run_report.layers import FileLayer, FileValue, layers_of
 from mecdeploy.runtime_checks import StructureReport, compare_latency, inspect_structure, read_model
+from mecdeploy.runtime_checks.checks import images_at_once
 from mecdeploy.runtime_checks.machine import describe_cpu
+from mecdeploy.runtime_checks.profiling import profile_kernels
 
 if TYPE_CHECKING:
     from mecdeploy.certificate import ValidationImages
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 LATENCY_ROUNDS = 60
 """For ResNet-50 at 224x224 some ten seconds of both networks; of a smaller one the median moves by a few percent."""
+PROFILED_RUNS = 30
+"""Of several images where they are small: the profiler counts in whole microseconds."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,6 +55,8 @@ def gather(run: Path, model: Path | None, progress: Progress) -> ReportFacts:
     counted = count_codes(file, found, shown.images, lambda done, total: progress("codes", done, total))
     progress("latency", 0, 1)
     sizes, latency = _beside_full_precision(path, file, loaded, shown)
+    profiled = np.asarray(shown.images[: images_at_once(*file.shape[1:])])
+    time = profile_kernels(path, file.feed(profiled), runs=PROFILED_RUNS).layers
     progress("latency", 1, 1)
     return ReportFacts(
         run=str(run),
@@ -69,8 +75,9 @@ def gather(run: Path, model: Path | None, progress: Progress) -> ReportFacts:
         sizes=sizes,
         latency=latency,
         history=tuple(folder.metrics.read() or loaded.metrics["history"]),
-        layers=_layers(found, structure, counted, loaded, {}),
+        layers=_layers(found, structure, counted, loaded, time),
         codes_images=counted.images,
+        timed_images=len(profiled),
         kernels=structure.kernels,
         answers=answers(heard, shown, len(loaded.class_names)),
         settings=(folder.path / run_folder.CONFIG).read_text(encoding="utf-8"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib.resources import files
 from typing import Any
@@ -46,9 +46,6 @@ def render(facts: ReportFacts) -> str:
         "moment": moment,
     }
 
-    def draw_histogram(histogram: Histogram) -> Markup:
-        return Markup(plots.histogram(histogram))
-
     folder = files(__package__)
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
     page: str = template.render(
@@ -60,7 +57,6 @@ def render(facts: ReportFacts) -> str:
         environment=_environment(facts),
         commands=commands(facts),
         plots=plots.training_curves(facts.history),
-        draw_histogram=draw_histogram,
         drawing=draw(facts.layers, facts.input_shape),
         box_width=WIDTH,
         box_height=HEIGHT,
@@ -143,8 +139,10 @@ def _layers(facts: ReportFacts) -> dict[str, Any]:
     return {
         "labelled": facts.answers.confusion is not None,
         "islands": [layer for layer in facts.layers if layer.island],
-        "weighted": weighted,
-        "counted": [value for layer in facts.layers for value in layer.values if value.histogram is not None],
+        "weight_histograms": _drawn((layer.name, layer.weights.histogram) for layer in weighted if layer.weights),
+        "activation_histograms": _drawn(
+            (value.name, value.histogram) for layer in facts.layers for value in layer.values
+        ),
         "timed": bool(shares),
         "untimed": sum(shares) < 0.995,
         "weight_bytes": sum(layer.weights.bytes for layer in weighted if layer.weights is not None),
@@ -152,6 +150,13 @@ def _layers(facts: ReportFacts) -> dict[str, Any]:
         "widths": f"{' and '.join(map(str, sorted(narrow)))}-bit weights",
         "terms": list(terms),
     }
+
+
+def _drawn(named: Iterable[tuple[str, Histogram | None]]) -> list[tuple[str, Histogram, str]]:
+    """Name, histogram and its SVG."""
+    shown = [(name, histogram) for name, histogram in named if histogram is not None]
+    drawn = plots.histograms([histogram for _, histogram in shown])
+    return [(name, histogram, svg) for (name, histogram), svg in zip(shown, drawn, strict=True)]
 
 
 def _confusion(found: Confusion | None) -> dict[str, Any]:

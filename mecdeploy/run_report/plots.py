@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mecdeploy.run_report.facts import Histogram
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
 _INK = "#010203"
@@ -89,38 +89,51 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> list[Plot]:
     return plots
 
 
-def histogram(found: Histogram) -> str:
-    """Bars over the codes, each as wide as its code's own part of the axis.
+def histograms(found: Sequence[Histogram]) -> list[str]:
+    """Bars over the codes, each as wide as its code's own part of the axis, which says its first and last code, and 0.
 
-    As high as the square root of the count: zero is so frequent behind a ReLU that nothing else would be seen.
+    As high as the square root of the count: zero is so frequent behind a ReLU that nothing else would be seen. All are
+    drawn on one figure after the other: making one takes longer than drawing on it.
     """
-    with _figure(_SMALL) as (figure, axes):
-        codes = found.codes
-        between = [(left + right) / 2 for left, right in zip(codes, codes[1:], strict=False)]
-        first, last = (
-            (codes[0] - 0.5, codes[-1] + 0.5)
-            if not between
-            else (codes[0] * 2 - between[0], codes[-1] * 2 - between[-1])
-        )
-        heights = [count**0.5 for count in found.counts]
-        axes.stairs(heights, [first, *between, last], fill=True, color=_FIRST, linewidth=0)
-        axes.set_xlim(first, last)
-        axes.set_ylim(0, max(heights) or 1)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.set_xticks(sorted({codes[0], codes[-1], *({0} if codes[0] < 0 < codes[-1] else ())}))
-        axes.tick_params(labelsize=8, length=2)
-        return _svg(figure)
+    from matplotlib.figure import Figure
+
+    drawn = []
+    with _style():
+        figure = Figure(figsize=_SMALL)
+        axes = figure.add_axes((0.02, 0.24, 0.96, 0.74))
+        axes.set_axis_off()
+        axes.axhline(0, color=_INK, linewidth=1)
+        for one in found:
+            codes, heights = one.codes, [count**0.5 for count in one.counts]
+            between = [(left + right) / 2 for left, right in zip(codes, codes[1:], strict=False)]
+            first, last = (between[0], between[-1]) if between else (codes[0] + 0.5, codes[0] - 0.5)
+            edges = [2 * codes[0] - first, *between, 2 * codes[-1] - last]
+            axes.set_xlim(edges[0], edges[-1])
+            axes.set_ylim(0, max(heights) or 1)
+            shown = sorted({codes[0], codes[-1], *({0} if codes[0] < 0 < codes[-1] else ())})
+            artists: list[Artist] = [axes.stairs(heights, edges, fill=True, color=_FIRST, linewidth=0)]
+            for code in shown:
+                place = {codes[0]: "left", codes[-1]: "right"}.get(code, "center")
+                at = {"left": edges[0], "right": edges[-1], "center": code}[place]
+                below = axes.get_xaxis_transform()
+                artists.append(axes.text(at, -0.08, str(code), ha=place, va="top", fontsize=8, transform=below))
+            drawn.append(_svg(figure))
+            for artist in artists:
+                artist.remove()
+    return drawn
 
 
 def _curves(title: str, unit: str, lines: Mapping[str, Sequence[float]], history: Sequence[Mapping[str, Any]]) -> Plot:
     """Lines over epochs, broken where a stage ends, with a rule and its name where one begins."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     starts = [
         index for index, epoch in enumerate(history) if index == 0 or epoch["stage"] != history[index - 1]["stage"]
     ]
-    with _figure(_PANEL) as (figure, axes):
+    with _style():
+        figure = Figure(figsize=_PANEL, layout="constrained")
+        axes = figure.subplots()
         for (name, values), color in zip(lines.items(), _LINES, strict=False):
             for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(history)], strict=True)):
                 axes.plot(
@@ -157,13 +170,11 @@ def _occurs(history: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 @contextmanager
-def _figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+def _style() -> Iterator[None]:
     import matplotlib
-    from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure, figure.subplots()
+        yield
 
 
 def _svg(figure: Figure) -> str:

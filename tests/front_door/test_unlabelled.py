@@ -58,6 +58,12 @@ def test_a_flat_folder_is_trained_exported_and_checked(
     parity = json.loads((out / "parity.json").read_text())
     assert parity["passed"] is True and parity["integers_different"] == 0
     assert parity["accuracy_torch"] is None and parity["accuracy_onnxruntime"] is None
+    assert call("report", out).code == 0
+    facts, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    assert facts["accuracy"]["measure"] == "agreement with the teacher" and facts["accuracy"]["full_precision"] == 1
+    assert facts["accuracy"]["onnxruntime"] == 1 - facts["answers"]["changed"] / facts["answers"]["images"]
+    assert facts["answers"]["confusion"] is None and facts["answers"]["mistake_pictures"] == []
+    assert "Agreement with the teacher in onnxruntime" in page and "The validation images have no labels" in page
     assert parity["top1_agreement"] == 1.0
     import onnx
 
