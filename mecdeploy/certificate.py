@@ -134,7 +134,7 @@ def on_disk(source: ImageSource) -> NDArray[np.uint8]:
 def _digests(loaded: LoadedRun, path: Path, shown: ValidationImages) -> dict[str, str]:
     """SHA-256 of everything that a check looks at."""
     pixels = hashlib.sha256(repr(shown.images.shape).encode())
-    pixels.update(memoryview(shown.images).cast("B"))
+    pixels.update(shown.images.reshape(-1).data)
     if shown.labels is not None:
         pixels.update(shown.labels.tobytes())
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from importlib.resources import files
 from typing import Any
@@ -37,7 +37,7 @@ def render(facts: ReportFacts) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "percent": _percent,
         "size": _bytes,
         "number": lambda count: f"{count:,}",
@@ -45,7 +45,7 @@ def render(facts: ReportFacts) -> str:
         "duration": duration,
         "moment": moment,
     }
-
+    environment.filters |= filters
     folder = files(__package__)
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
     page: str = template.render(
@@ -73,7 +73,6 @@ def commands(facts: ReportFacts) -> str:
     options = [f"--target {facts.target}"] if facts.target != "onnxruntime" else []
     options += ["--input float"] if facts.input_dtype != "uint8" else []
     lines = [
-        f"pip install 'mecdeploy[report]=={facts.versions['mecdeploy']}'",
         f"mecdeploy train --config run.toml --out {run}",
         " ".join([f"mecdeploy export {run}", *options]),
         f"mecdeploy check {run}",
