@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mecdeploy.terminal import console_on, network_of, say_what_is_executed
+
 CHECK_FAILED = 1
 _PATH = click.Path(path_type=Path)
 
@@ -18,7 +20,6 @@ _PATH = click.Path(path_type=Path)
 def report(run: Path, model: Path | None, out: Path | None) -> None:
     """Write one self-contained HTML page about RUN and its exported MODEL (default: RUN/model.onnx)."""
     from mecdeploy import progress
-    from mecdeploy.cli import console_on, network_of, say_what_is_executed
     from mecdeploy.run_report import writing
 
     say_what_is_executed(network_of(run))

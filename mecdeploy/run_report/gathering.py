@@ -15,10 +15,9 @@ from mecdeploy.run_report.answering import accuracy, answers, hear
 from mecdeploy.run_report.counting import Counted, count_codes
 from mecdeploy.run_report.facts import Certificate, Histogram, Latency, Layer, ReportFacts, Sizes, Value, Weights
 from mecdeploy.run_report.layers import FileLayer, FileValue, layers_of
-from mecdeploy.runtime_checks import StructureReport, compare_latency, inspect_structure, read_model
+from mecdeploy.runtime_checks import StructureReport, compare_latency, inspect_structure, profile_kernels, read_model
 from mecdeploy.runtime_checks.checks import images_at_once
 from mecdeploy.runtime_checks.machine import describe_cpu
-from mecdeploy.runtime_checks.profiling import profile_kernels
 
 if TYPE_CHECKING:
     from mecdeploy.certificate import ValidationImages
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
     from mecdeploy.training.representation import CodeHistogram
     from mecdeploy.training.run import LoadedRun
 
-LATENCY_ROUNDS = 60
-"""For ResNet-50 at 224x224 some ten seconds of both networks; of a smaller one the median moves by a few percent."""
+LATENCY_ROUNDS, LATENCY_SECONDS = 20, 2.0
+"""At least so many rounds, and for so long: of a small network a thousand, of ResNet-50 at 224x224 the fewest."""
 PROFILED_RUNS = 30
 """Of several images where they are small: the profiler counts in whole microseconds."""
 
@@ -137,13 +136,14 @@ def _beside_full_precision(
         {"quantized": path, "full_precision": full},
         {"quantized": file.feed(image), "full_precision": {INPUT: spec.normalize(torch.from_numpy(image)).numpy()}},
         rounds=LATENCY_ROUNDS,
+        seconds=LATENCY_SECONDS,
     )
     quantized, plain = timed["quantized"], timed["full_precision"]
     return Sizes(file=file.size, full_precision=len(full)), Latency(
         quantized=quantized.median,
         full_precision=plain.median,
         ratio=quantized.ratio_to(plain),
-        rounds=LATENCY_ROUNDS,
+        rounds=len(quantized.rounds),
     )
 
 
