@@ -168,10 +168,16 @@ def _layers(
             reason=reasons.get(layer.name, ""),
             weights=_weights(layer, structure, trained.get(layer.name)),
             values=tuple(_value(value, counted) for value in layer.values),
-            time=time.get(layer.name),
+            time=_time(layer, time),
         )
         for layer in found
     )
+
+
+def _time(layer: FileLayer, shares: Mapping[str, float]) -> float | None:
+    """Of its nodes, and of the QuantizeLinear behind a float island, which is called by the value that it makes."""
+    found = [shares[name] for name in {layer.name, *(value.tensor for value in layer.values)} if name in shares]
+    return sum(found) if found else None
 
 
 def _weights(layer: FileLayer, structure: StructureReport, trained: CodeHistogram | None) -> Weights | None:
