@@ -70,7 +70,10 @@ def render(facts: ReportFacts) -> str:
 def commands(facts: ReportFacts) -> str:
     """What makes this run and its file again, from its run.toml."""
     run = shlex.quote(facts.run)
-    options = [f"--target {facts.target}"] if facts.target != "onnxruntime" else []
+    weights = [layer.weights for layer in facts.layers if layer.weights is not None]
+    wider = {one.bits for one in weights if one.bits != one.trained_bits}
+    options = [f"--bits {wider.pop()}"] if len(wider) == 1 else []
+    options += [f"--target {facts.target}"] if facts.target != "onnxruntime" else []
     options += ["--input float"] if facts.input_dtype != "uint8" else []
     lines = [
         f"mecdeploy train --config run.toml --out {run}",

@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from mecdeploy.run_report.facts import Histogram
+from mecdeploy.training.events import ACCURACY
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -52,8 +54,9 @@ _TIDIED = (
 _COORDINATES = re.compile(r' (?:d|x|y|transform)="[^"]*"')
 _PANEL = (4.6, 2.6)  # inches
 _SMALL = (2.2, 0.9)
-_APART = ("beta", "task", "distill")
-"""Terms of the loss that are no part of the objective's own plot; beta is a weight."""
+_WITH_THE_LOSS = ("task", "distill", "damping")
+_WEIGHT = "beta"
+"""Terms of the loss that are no part of the objective's own plot: its other parts, and the objective's weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,20 +72,22 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> list[Plot]:
     """Accuracy, loss, and the terms of the objective where there is one, over all epochs in the order of training."""
     if not history:
         return []
-    measures = dict.fromkeys((history[-1]["train_measure"], history[-1]["validation_measure"]))
+    measures = {history[-1].get(key, ACCURACY) for key in ("train_measure", "validation_measure")}
     shares = {
         "training": [100 * epoch["train_accuracy"] for epoch in history],
         "validation": [100 * epoch["validation_accuracy"] for epoch in history],
     }
     losses = {"loss": [epoch["loss"] for epoch in history]}
-    losses |= {name: _term(history, name) for name in ("task", "distill") if _occurs(history, name)}
+    losses |= {name: _term(history, name) for name in _WITH_THE_LOSS if _occurs(history, name)}
     if losses.get("task") == losses["loss"]:
         del losses["task"]
     plots = [
-        _curves("Accuracy" if measures == {"accuracy": None} else "Right answers", "%", shares, history),
+        _curves("Accuracy" if measures == {ACCURACY} else "Right answers", "%", shares, history),
         _curves("Loss", "nats", losses, history),
     ]
-    names = dict.fromkeys(name for epoch in history for name in epoch["terms"] if name not in _APART)
+    names = dict.fromkeys(
+        name for epoch in history for name in epoch["terms"] if name not in (*_WITH_THE_LOSS, _WEIGHT)
+    )
     if names:
         terms = {name: _term(history, name) for name in names}
         plots.append(_curves("Terms of the coding objective", "nats", terms, history))
@@ -134,7 +139,7 @@ def _curves(title: str, unit: str, lines: Mapping[str, Sequence[float]], history
     with _style():
         figure = Figure(figsize=_PANEL, layout="constrained")
         axes = figure.subplots()
-        for (name, values), color in zip(lines.items(), _LINES, strict=False):
+        for (name, values), color in zip(lines.items(), cycle(_LINES), strict=False):
             for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(history)], strict=True)):
                 axes.plot(
                     range(start + 1, end + 1),

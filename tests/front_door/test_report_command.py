@@ -290,3 +290,15 @@ def test_a_missing_library_is_named_before_any_work(
     assert call("report", exported).error == (
         "Error: a report needs matplotlib; install it with `pip install 'mecdeploy[report]'`."
     )
+
+
+def test_the_commands_write_the_file_again(call: Call, exported: Path, tmp_path: Path) -> None:
+    from mecdeploy.run_report.page import commands
+
+    run = Path(shutil.copytree(exported, tmp_path / "run"))
+    options = ["--bits", "8", "--target", "portable", "--input", "float"]
+    assert call("export", run, *options, "--out", tmp_path / "wide.onnx").code == 0
+    found = report(run, tmp_path / "wide.onnx", out=tmp_path / "wide.html").facts
+    assert {layer.weights.bits for layer in found.layers if layer.weights is not None} == {8}
+    assert f"mecdeploy export {run} {' '.join(options)}\n" in commands(found)
+    assert found.certificate.passed and "(trained 4)" in (tmp_path / "wide.html").read_text()
