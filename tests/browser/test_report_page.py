@@ -53,10 +53,10 @@ def with_classes(facts: ReportFacts, names: tuple[str, ...]) -> ReportFacts:
 
 
 def long_network(facts: ReportFacts) -> ReportFacts:
-    """Hundreds of layers, each of which is also read much later."""
+    """More than a hundred layers, each of which is also read much later."""
     blocks = [layer for layer in facts.layers if layer.weights is not None and layer.values]
     layers: list[Layer] = []
-    for index in range(250):
+    for index in range(120):
         name = f"features.{index}.a_rather_long_name_of_a_block.convolution.{index}"
         reads = tuple(layers[place].name for place in {index - 1, index // 2} if 0 <= place < index)
         layers.append(dataclasses.replace(blocks[index % len(blocks)], name=name, reads=reads or ("pixels",)))
@@ -86,7 +86,7 @@ PAGES = {
     "two classes": lambda facts: with_classes(facts, ("no", "yes")),
     "a thousand classes": lambda facts: with_classes(facts, tuple(f"n{number:08d}" for number in range(1000))),
     "names that are HTML": lambda facts: with_classes(facts, EVIL),
-    "250 layers": long_network,
+    "120 layers": long_network,
     "a failed check": failed,
     "no labels": unlabelled,
 }
