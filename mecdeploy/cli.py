@@ -24,6 +24,7 @@ from mecdeploy.failures import explain, lost_peer, tell_torchrun
 from mecdeploy.inspect_command import inspect
 from mecdeploy.measure_commands import hessian, representation, sensitivity
 from mecdeploy.report_command import report
+from mecdeploy.serve_command import serve
 from mecdeploy.terminal import INTERRUPTED, console_on, interruptible, network_of, say_what_is_executed
 from mecdeploy.train_command import BITS, train
 from mecdeploy.training.launch import launched
@@ -123,6 +124,7 @@ def demo(out: Path | None) -> None:
 cli.add_command(bench)
 cli.add_command(train)
 cli.add_command(compare)
+cli.add_command(serve)
 cli.add_command(inspect)
 cli.add_command(report)
 cli.add_command(sensitivity)
