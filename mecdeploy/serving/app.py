@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 def build_app(config: ServeConfig) -> Starlette:
     """The application, with every model loaded; raises UserError for one that cannot be served.
 
-    Its `state.service` is the Service: `draining = True` refuses new requests and lets accepted ones finish.
+    Its `state.service` is the Service, whose `drain()` refuses new requests and lets accepted ones finish.
     """
     service = Service(config)
 
@@ -50,7 +50,7 @@ def build_app(config: ServeConfig) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         watching = asyncio.ensure_future(service.watching()) if config.reload_seconds else None
         yield
-        service.draining = True
+        service.drain()
         if watching is not None:
             watching.cancel()
             with suppress(asyncio.CancelledError):

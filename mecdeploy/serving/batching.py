@@ -62,6 +62,11 @@ class Batcher:
             self._worker = loop.create_task(self._work())
         return await waiting.answer
 
+    def hurry(self) -> None:
+        """From now on, wait for no batch to be filled."""
+        self._max_delay = 0.0
+        self._arrived.set()
+
     async def _work(self) -> None:
         while self._queue:
             await self._fill()
@@ -74,8 +79,10 @@ class Batcher:
     async def _fill(self) -> None:
         """Wait until the queue fills a batch, or its oldest request has waited long enough."""
         loop = asyncio.get_running_loop()
-        deadline = self._queue[0].since + self._max_delay
-        while self._rows < self._max_rows and loop.time() < deadline:
+        while self._rows < self._max_rows:
+            deadline = self._queue[0].since + self._max_delay
+            if loop.time() >= deadline:
+                return
             self._arrived.clear()
             try:
                 async with asyncio.timeout_at(deadline):

@@ -14,6 +14,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+RELOAD_RESULTS = ("loaded", "failed")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -55,6 +56,12 @@ class Metrics:
             registry=self._registry,
         )
         _forget_the_dead()
+
+    def expect(self, model: str) -> None:
+        """Begin a model's series at 0, so that a rate and an alert have something to go by before anything happens."""
+        self.in_flight.labels(model)
+        for result in RELOAD_RESULTS:
+            self.reloads.labels(model, result)
 
     def exposition(self) -> bytes:
         """All series in Prometheus' text format."""

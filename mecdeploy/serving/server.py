@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging.config
 import math
 import os
@@ -73,9 +74,10 @@ def _told_of_the_end(app: Starlette) -> Starlette:
     """Refuse new requests from the signal on; uvicorn, whose handlers are in place by now, does the rest."""
 
     def drain(number: int, frame: FrameType | None, before: Any) -> None:
-        app.state.service.draining = True
+        loop.call_soon_threadsafe(app.state.service.drain)
         before(number, frame)
 
+    loop = asyncio.get_running_loop()
     for number in _ENDS:
         signal.signal(number, partial(drain, before=signal.getsignal(number)))
     return app

@@ -55,6 +55,7 @@ class Service:
         self._serving: dict[str, Serving] = {}
         self._accepted: Counter[str] = Counter()
         for source in sources:
+            self.metrics.expect(source.name)
             slot = Slot(source, config.threads_per_model, partial(self._count_reload, source.name))
             self._slots[source.name] = slot
             self._switch(slot, slot.model)
@@ -100,6 +101,12 @@ class Service:
     def watching(self) -> Awaitable[None]:
         """Looks for new versions until it is cancelled."""
         return watch(self._slots.values(), self.config.reload_seconds, self._switch)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on, and answer the accepted ones without waiting for others to join them."""
+        self.draining = True
+        for serving in self._serving.values():
+            serving.batcher.hurry()
 
     def close(self) -> None:
         """End the threads."""

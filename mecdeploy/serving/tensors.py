@@ -59,7 +59,7 @@ class TensorSpec:
         if not isinstance(shape, list) or any(type(size) is not int for size in shape):
             raise Refusal(400, f"input {self.name!r} needs a shape, a list of integers.")
         fits = len(shape) == len(self.shape) and all(
-            size == expected or (expected == BATCH and size >= 1)
+            size >= 1 if expected == BATCH else size == expected
             for size, expected in zip(shape, self.shape, strict=True)
         )
         if not fits:
