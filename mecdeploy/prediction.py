@@ -56,7 +56,7 @@ class InputContract:
         """An image file as the network's input [C, H, W]. Raises UserError naming the file if it is none."""
         return self._prepare(_open(path, str(path)))
 
-    def decode(self, content: bytes, name: str, *, formats: Sequence[str], max_pixels: int) -> NDArray[Any]:
+    def decode(self, content: bytes, name: str, *, formats: tuple[str, ...], max_pixels: int) -> NDArray[Any]:
         """As `read`, from a file's bytes, which nobody vouches for: `name` is what an error calls them.
 
         formats: Pillow's names; no other decoder is tried. Raises ImageTooLarge before it decodes more than max_pixels.
@@ -170,7 +170,7 @@ def load_session(content: bytes, model: Path, *, threads: int = 0) -> ort.Infere
 
 
 def _open(
-    source: Path | io.BytesIO, name: str, formats: Sequence[str] | None = None, max_pixels: int | None = None
+    source: Path | io.BytesIO, name: str, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
     try:
         with Image.open(source, formats=formats) as file:

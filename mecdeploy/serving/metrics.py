@@ -68,7 +68,7 @@ class Metrics:
         if FOLDER not in os.environ:
             return generate_latest(self._registry)
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
     def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
@@ -81,4 +81,4 @@ def _forget_the_dead() -> None:
     for file in Path(folder).glob("gauge_live*.db") if folder is not None else ():
         process = int(file.stem.rpartition("_")[2])
         if not Path(f"/proc/{process}").exists():
-            mark_process_dead(process)
+            mark_process_dead(process)  # type: ignore[no-untyped-call]

@@ -33,6 +33,8 @@ _TYPES = {
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(dtype) for name, (dtype, _) in _TYPES.items()}
 DATATYPE_OF = {runtime: name for name, (_, runtime) in _TYPES.items()}
 BATCH = -1
+_VALUES: dict[str, set[type]] = {"b": {bool}, "f": {int, float}}
+"""Kind of numpy type -> what Python reads from JSON for it; integers only for all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def from_json(spec: TensorSpec, shape: tuple[int, ...], data: object) -> NDArray
     found, values = _flatten(spec, data)
     if found not in (shape, (prod(shape),)):
         raise Refusal(400, f"input {spec.name!r} has shape {list(shape)}, but its data has shape {list(found)}.")
-    allowed = {"b": {bool}, "f": {int, float}}.get(spec.dtype.kind, {int})
+    allowed: set[type] = _VALUES.get(spec.dtype.kind, {int})
     strangers = sorted(kind.__name__ for kind in set(map(type, values)) - allowed)
     if strangers:
         expected = " or ".join(sorted(kind.__name__ for kind in allowed))

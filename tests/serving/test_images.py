@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import CLASSES, encoded
 from PIL import Image
+from serving_models import CLASSES, encoded, write_classifier
 from starlette.testclient import TestClient
 
 Serve = Callable[..., TestClient]
@@ -72,8 +72,6 @@ def test_a_form_is_as_good_as_a_body(serve: Serve, photos: Path, picture: bytes)
 
 
 def test_a_float_input_takes_images_too(serve: Serve, tmp_path: Path, picture: bytes) -> None:
-    from conftest import write_classifier
-
     from mecdeploy.prediction import predict
 
     model = write_classifier(tmp_path / "float.onnx", seed=2, input="float")
