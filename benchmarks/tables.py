@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import design_tables, loader_tables, step_tables, study_tables, zoo_tables
+from benchmarks import design_tables, loader_tables, serving_tables, step_tables, study_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,7 @@ DOCUMENTS = (
     "docs/decisions.md",
     "docs/method-study.md",
     "docs/models.md",
+    "docs/serving.md",
     "README.md",
 )
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
@@ -206,6 +207,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo-islands": ("zoo", zoo_tables.islands),
     "zoo-costs": ("zoo", zoo_tables.costs),
     "export-large": ("export_cost", zoo_tables.export_targets),
+    "serving": ("serving", serving_tables.serving),
     "swish": ("swish", design_tables.swish),
     "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),

@@ -17,7 +17,7 @@ from mecdeploy.errors import UserError
 @click.option("--workers", type=int, metavar="N", help="Processes. Default: 1.")
 @click.option("--threads", type=int, metavar="N", help="Of onnxruntime, for each model. Default: cores / workers.")
 @click.option("--max-batch", type=int, metavar="ROWS", help="That are run together. Default: 32.")
-@click.option("--max-delay-ms", type=float, metavar="MS", help="That a request waits for others. Default: 1.")
+@click.option("--max-delay-ms", type=float, metavar="MS", help="That a request waits for others. Default: 0.")
 @click.option("--max-queue", type=int, metavar="N", help="Requests in hand per model, before 429. Default: 256.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="From headers to answer. Default: 30.")
 @click.option("--body-timeout", type=float, metavar="SECONDS", help="Of those, for the body. Default: 10.")

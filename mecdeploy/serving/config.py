@@ -28,7 +28,8 @@ class ServeConfig:
 
     models: each NAME=PATH or PATH, of a file, a run folder, a folder of versions, or a folder of such folders.
     workers: processes. threads: of onnxruntime, for each model of a process; 0 shares the cores among the processes.
-    max_batch: rows of one run. max_delay_ms: how long a run that could take more rows waits for them.
+    max_batch: rows of one run. max_delay_ms: how long a run that could take more rows waits
+    for them; 0 runs together what came in while the last run lasted.
     max_queue: requests of a model that a process has accepted and not answered; the next one gets status 429.
     timeout: seconds from a request's headers to its answer. body_timeout: of those, for its body to arrive.
     max_body_mb, max_megapixels: largest body (10^6 bytes), largest image that is decoded (10^6 pixels).
@@ -41,7 +42,7 @@ class ServeConfig:
     workers: int = 1
     threads: int = 0
     max_batch: int = 32
-    max_delay_ms: float = 1.0
+    max_delay_ms: float = 0.0
     max_queue: int = 256
     timeout: float = 30.0
     body_timeout: float = 10.0
