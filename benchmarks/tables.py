@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import design_tables, loader_tables, serving_tables, step_tables, study_tables, zoo_tables
+from benchmarks import batching_tables, design_tables, loader_tables, step_tables, study_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +194,7 @@ def label(model: str) -> str:
 
 # Table -> (its result file, how it is written).
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "batching": ("serving", batching_tables.batching),
     "latency": ("latency", latency),
     "export": ("latency", export),
     "targets": ("latency", targets),
@@ -207,7 +208,6 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo-islands": ("zoo", zoo_tables.islands),
     "zoo-costs": ("zoo", zoo_tables.costs),
     "export-large": ("export_cost", zoo_tables.export_targets),
-    "serving": ("serving", serving_tables.serving),
     "swish": ("swish", design_tables.swish),
     "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),

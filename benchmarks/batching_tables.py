@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.markdown import Result, measured_on, table
 
 
-def serving(result: Result) -> str:
+def batching(result: Result) -> str:
     """Each network and number of clients, without and with dynamic batching."""
     head = (
         "network",
