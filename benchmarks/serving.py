@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving
 
-Each client sends one image as binary tensor, waits for its answer and sends the next. One server is asked at a time, and
-the others are idle. A server has one thread for onnxruntime; the clients are one process on the other core. Two networks:
-one that takes milliseconds an image, and one so small that HTTP takes longer than the network.
+Each client sends one image as binary tensor, waits for its answer and sends the next. One server is asked at a time,
+and the others are idle. A server has one thread for onnxruntime; the clients are one process on the other core. Two
+networks: one that takes milliseconds an image, and one so small that HTTP takes longer than the network.
 """
 
 from __future__ import annotations

@@ -194,7 +194,6 @@ def label(model: str) -> str:
 
 # Table -> (its result file, how it is written).
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "batching": ("serving", batching_tables.batching),
     "latency": ("latency", latency),
     "export": ("latency", export),
     "targets": ("latency", targets),
@@ -208,6 +207,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo-islands": ("zoo", zoo_tables.islands),
     "zoo-costs": ("zoo", zoo_tables.costs),
     "export-large": ("export_cost", zoo_tables.export_targets),
+    "batching": ("serving", batching_tables.batching),
     "swish": ("swish", design_tables.swish),
     "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),

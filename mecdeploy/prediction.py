@@ -157,11 +157,15 @@ def read_model(model: Path) -> bytes:
         raise UserError(f"{model} cannot be read ({error.strerror}).") from None
 
 
-def load_session(content: bytes, model: Path, *, threads: int = 0) -> ort.InferenceSession:
-    """A session on the CPU. threads: of one run; 0 leaves it to onnxruntime. Raises UserError, naming the file."""
+def load_session(content: bytes, model: Path, *, threads: int = 0, spin: bool = True) -> ort.InferenceSession:
+    """A session on the CPU. threads: of one run; 0 leaves it to onnxruntime. Raises UserError, naming the file.
+
+    spin: threads that are done wait by looping, which is soonest back at work and takes a core from everybody else.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     try:
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a class of its own per failure, none of them public

@@ -38,7 +38,8 @@ class ServedModel:
         content = read_model(self.path)
         self.name = name if name is not None else self.path.stem
         self.version = version if version is not None else hashlib.sha256(content).hexdigest()[:12]
-        self._session = load_session(content, self.path, threads=threads)
+        # Threads that spin between two runs would take the cores that read requests.
+        self._session = load_session(content, self.path, threads=threads, spin=False)
         self._contract = contract_of(self._session, self.path)
         self.class_names = self._contract.class_names if self._contract is not None else ()
         nodes = self._session.get_inputs(), self._session.get_outputs()
