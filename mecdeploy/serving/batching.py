@@ -58,7 +58,7 @@ class Batcher:
         self._rows += rows
         self._queued(rows)
         self._arrived.set()
-        if self._worker is None:
+        if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
         return await waiting.answer
 
@@ -74,7 +74,6 @@ class Batcher:
             if batch:
                 self._ran(sum(waiting.rows for waiting in batch))
                 await self._answer(batch)
-        self._worker = None
 
     async def _fill(self) -> None:
         """Wait until the queue fills a batch, or its oldest request has waited long enough."""

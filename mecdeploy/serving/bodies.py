@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from mecdeploy.serving.errors import Refusal
 
@@ -48,7 +48,7 @@ class Body:
                     async for chunk in self._request.stream():
                         self._count(chunk)
                 self.complete = True
-            except (TimeoutError, Refusal):
+            except (TimeoutError, Refusal, ClientDisconnect):
                 pass
         return self.complete
 

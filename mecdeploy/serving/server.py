@@ -67,7 +67,9 @@ def run(config: ServeConfig) -> None:
 
 def _worker(config: ServeConfig) -> Starlette:
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    return _told_of_the_end(build_app(config))
+    app = _told_of_the_end(build_app(config))
+    log.info("worker %d serves", os.getpid())
+    return app
 
 
 def _told_of_the_end(app: Starlette) -> Starlette:
