@@ -130,10 +130,14 @@ class _ExportRoom(ModuleType):
         target: str = "onnxruntime",
         input: str = "uint8",
         class_names: Sequence[str] | None = None,
+        layout: str = "file",
+        name: str | None = None,
     ) -> ExportReport:
         from mecdeploy.api import export
 
-        return export(run, out=out, bits=bits, target=target, input=input, class_names=class_names)
+        return export(
+            run, out=out, bits=bits, target=target, input=input, class_names=class_names, layout=layout, name=name
+        )
 
 
 class _FrontDoor(ModuleType):

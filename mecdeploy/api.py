@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mecdeploy import run_folder
+from mecdeploy import run_folder, triton_layout
 from mecdeploy.certificate import CHECKPOINT_DIGEST, certify, compare, metadata_of, model_file, validation_images
 from mecdeploy.config import require_same_run
 from mecdeploy.errors import UserError
 from mecdeploy.training.config import TrainConfig
 from mecdeploy.training.events import EpochEvent, Event, StageEvent, WarningEvent
 from mecdeploy.training.world import joined
+
+LAYOUTS = ("file", "triton")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,6 +119,8 @@ def export(
     target: str = "onnxruntime",
     input: str = "uint8",
     class_names: Sequence[str] | None = None,
+    layout: str = "file",
+    name: str | None = None,
 ) -> ExportReport:
     """Write a trained network as one ONNX file with packed weights, replacing an older file.
 
@@ -125,6 +129,8 @@ def export(
     bits: width at which low-bit weights are packed; None packs each at the width it was trained at.
     target: onnxruntime (1.24 or newer) or portable (onnxruntime from 1.18, OpenVINO). input: uint8 or float.
     class_names: of a network of your own; a run has its own.
+    layout: file, or triton, for the next version of a model in a Triton model repository: `out` is then the repository,
+    by default RUN/triton, and `name` the model, by default called like the run's folder.
     Raises UserError for a folder that is no run, TrainingError for a run that has not finished QAT, ExportError for
     what cannot be exported, OSError for a place that cannot be written.
     """
@@ -134,6 +140,12 @@ def export(
     from mecdeploy.export import ExportConfig, export_model, lower
 
     config = ExportConfig(bits=bits, target=target, input=input)
+    if layout not in LAYOUTS:
+        raise UserError(f"export.layout is {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+    if layout == "triton":
+        name = triton_layout.model_name(name, None if folder is None else folder.path)
+    elif name is not None:
+        raise UserError(f"--name {name} is that of a model in a Triton repository; add --layout triton, or use --out.")
     network, metadata = cast("QuantizedModel", run), {}
     if folder is not None:
         loaded = _load(folder)
@@ -142,8 +154,12 @@ def export(
     if class_names is not None:
         metadata["mecdeploy.class_names"] = json.dumps(list(class_names), ensure_ascii=False)
     content = export_model(lower(network), config, metadata)
-    path = Path(out) if out is not None else cast(run_folder.RunFolder, folder).path / run_folder.MODEL
-    run_folder.write_atomically(path, content)
+    default = run_folder.MODEL if name is None else "triton"
+    path = Path(out) if out is not None else cast(run_folder.RunFolder, folder).path / default
+    if name is None:
+        run_folder.write_atomically(path, content)
+    else:
+        path = triton_layout.add_version(path, name, content)
     return _describe(path, content, config.target, config.input)
 
 

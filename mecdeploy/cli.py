@@ -45,21 +45,29 @@ def cli(context: click.Context) -> None:
 @cli.command(short_help="Write a finished run as one ONNX file.")
 @click.argument("run", type=_PATH)
 @click.option("--bits", type=int, metavar=BITS, help="Pack low-bit weights at this width. Default: as trained.")
-@click.option("--out", type=_PATH, metavar="FILE", help="Default: RUN/model.onnx.")
+@click.option("--out", type=_PATH, metavar="PATH", help="File, or repository. Default: RUN/model.onnx, RUN/triton.")
+@click.option(
+    "--layout", default="file", show_default=True, metavar="[file|triton]", help="One file, or a Triton repository."
+)
+@click.option("--name", help="Of the model in the repository. Default: the name of the run's folder.")
 @click.option(
     "--target", default="onnxruntime", show_default=True, metavar="[onnxruntime|portable]", help="Who reads it."
 )
 @click.option(
     "--input", default="uint8", show_default=True, metavar="[uint8|float]", help="Raw pixels, or pixels / 255."
 )
-def export(run: Path, bits: int | None, out: Path | None, target: str, input: str) -> None:
+def export(
+    run: Path, bits: int | None, out: Path | None, layout: str, name: str | None, target: str, input: str
+) -> None:
     """Write the finished RUN as one ONNX file with packed low-bit weights."""
     from mecdeploy import api, tables
 
     say_what_is_executed(network_of(run))
-    report = api.export(run, out=out, bits=bits, target=target, input=input)
+    report = api.export(run, out=out, bits=bits, target=target, input=input, layout=layout, name=name)
     console_on(sys.stdout).print(tables.export(report))
-    click.echo(f"Next: mecdeploy check {run}" + ("" if out is None else f" {out}"))
+    click.echo(f"Next: mecdeploy check {run}" + ("" if report.path == run / "model.onnx" else f" {report.path}"))
+    if layout == "triton":
+        click.echo(f"Then: tritonserver --model-repository={report.path.parents[2].absolute()}")
 
 
 @cli.command(short_help="Prove that the file computes what was trained.")
