@@ -16,7 +16,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import batching_tables, design_tables, loader_tables, step_tables, study_tables, zoo_tables
+from benchmarks import (
+    batching_tables,
+    design_tables,
+    loader_tables,
+    serving_tables,
+    step_tables,
+    study_tables,
+    zoo_tables,
+)
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +216,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "zoo-costs": ("zoo", zoo_tables.costs),
     "export-large": ("export_cost", zoo_tables.export_targets),
     "batching": ("serving", batching_tables.batching),
+    "serving-load": ("serving-load", serving_tables.load),
     "swish": ("swish", design_tables.swish),
     "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),

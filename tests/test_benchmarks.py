@@ -46,6 +46,14 @@ def test_every_table_is_shown_on_one_page_beside_the_readme() -> None:
     assert sorted(shown) == sorted(tables.TABLES)
 
 
+def test_committed_load_got_every_answer_right_and_measured_the_server() -> None:
+    result = json.loads((ROOT / "benchmarks/results/serving-load.json").read_text())
+    for measured in result["connections"].values():
+        assert measured["wrong"] == measured["refused"] == 0
+        assert measured["client_core_share"] < 0.9, "the client was the bottleneck"
+    assert result["mb_per_100k_requests"] < 5
+
+
 def test_committed_latency_is_whole_and_all_quantised_models_are_all_integer() -> None:
     result = json.loads((ROOT / "benchmarks/results/latency.json").read_text())
     for network in ("resnet18", "mobilenet_v2"):

@@ -17,7 +17,7 @@ from mecdeploy.errors import UserError
 from mecdeploy.serving.app import build_app
 from mecdeploy.serving.config import ServeConfig
 
-_RAYS_OWN = ("host", "models", "port", "workers", "drain_seconds")
+_RAYS_OWN = ("host", "models", "port", "workers")
 _SETTINGS: dict[str, type[Any]] = {
     field.name: type(field.default) for field in dataclasses.fields(ServeConfig) if field.name not in _RAYS_OWN
 }
@@ -36,8 +36,8 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
 def deployment(config: ServeConfig) -> serve.Deployment:
     """A deployment of one replica; `.options(num_replicas=2).bind()` makes two. Each replica loads the models itself.
 
-    A replica takes as many of Ray's CPUs as threads of onnxruntime, one unless config.threads says more. Host, port,
-    workers and drain_seconds are Ray's business and not read.
+    A replica takes as many of Ray's CPUs as threads of onnxruntime, one unless config.threads says more. Host, port and
+    workers are Ray's business and not read.
     """
     threads = config.threads or 1
     settings = dataclasses.replace(config, threads=threads)
