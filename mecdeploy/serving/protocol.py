@@ -121,7 +121,7 @@ def _inputs(given: object, tail: memoryview, specs: Sequence[TensorSpec]) -> dic
         if type(size) is not int or not 0 <= size <= len(tail) - used:
             raise Refusal(
                 400,
-                f"{what} has binary_data_size {str(size)[:40]}; {len(tail) - used} bytes follow (is the header "
+                f"{what} has binary_data_size {repr(size)[:40]}; {len(tail) - used} bytes follow (is the header "
                 f"{HEADER_LENGTH} right?).",
             )
         arrays[spec.name] = from_bytes(spec, shape, tail[used : used + size])
