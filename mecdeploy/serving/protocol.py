@@ -17,6 +17,8 @@ from mecdeploy.serving.tensors import TensorSpec, from_bytes, from_json, to_byte
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 EXTENSIONS = ("binary_tensor_data", "model_repository(index)")
+_MOST_LISTS = 200_000
+"""Lists and objects of a request: in memory each is thirty times its two bytes, and the process deaf meanwhile."""
 _SHARED_MEMORY = frozenset({"shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"})
 
 
@@ -87,6 +89,8 @@ def _header_length(value: str | None, size: int) -> int:
 
 
 def _load(content: bytes) -> object:
+    if content.count(b"[") + content.count(b"{") > _MOST_LISTS:
+        raise Refusal(400, f"the request has over {_MOST_LISTS} lists and objects; send tensors flat, or as bytes.")
     try:
         return json.loads(content, parse_constant=_refuse_constant)
     except UnicodeDecodeError:

@@ -203,9 +203,14 @@ def test_data(victim: Victim, data: object) -> None:
 @pytest.mark.parametrize("item", ["[]", "{}", "0", "1e9", "[0]", '"a"', '{"name":""}', "null", '"\\ud800"'])
 @pytest.mark.parametrize("place", ['{"inputs":[%s]}', '{"inputs":[{"name":"pixels","datatype":"UINT8","shape":[%s]}]}'])
 def test_bodies_that_swell(victim: Victim, place: str, item: str) -> None:
-    """A list of empty lists takes twenty times the memory of its JSON."""
+    """A list of empty lists takes thirty times the memory of its JSON."""
     body = place % ",".join([item] * (900_000 // (len(item) + 1)))
     assert victim.post(INFER, body.encode()) == 400
+
+
+def test_lists_are_counted_before_they_are_made(victim: Victim) -> None:
+    status, answer = victim.server.ask(INFER, b'{"inputs":[' + b"[]," * 250_000 + b"0]}")
+    assert status == 400 and "over 200000 lists and objects; send tensors flat" in answer
 
 
 @pytest.mark.parametrize("size", ['"\\ud800"', "[1]", "{}", "1e3", "-1", "9" * 4000, "true", "null", '""'])
