@@ -213,6 +213,13 @@ def test_lists_are_counted_before_they_are_made(victim: Victim) -> None:
     assert status == 400 and "over 200000 lists and objects; send tensors flat" in answer
 
 
+def test_a_form_of_almost_boundaries(victim: Victim) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+    body = part + b"\r\n--bx" * 120_000 + b"\r\n--b--\r\n"
+    status, answer = victim.server.ask(CLASSIFY, body, content_type="multipart/form-data; boundary=b")
+    assert status == 400 and "over 100000 lines" in answer
+
+
 @pytest.mark.parametrize("size", ['"\\ud800"', "[1]", "{}", "1e3", "-1", "9" * 4000, "true", "null", '""'])
 def test_sizes_that_are_none(victim: Victim, size: str) -> None:
     entry = f'{{"name":"pixels","datatype":"UINT8","shape":{list(SHAPE)},"parameters":{{"binary_data_size":{size}}}}}'
