@@ -20,7 +20,7 @@ from mecdeploy.cli import cli
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def test_every_folder_of_modules_is_listed() -> None:
@@ -79,7 +79,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
 def test_tox_runs_the_wheel() -> None:
     tox = configparser.ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini")
-    assert {"lint", "types", "tests", "parity"} <= set(re.split(r"[,\s]+", tox["tox"]["env_list"]))
+    assert {"lint", "types", "docs", "tests", "parity"} <= set(re.split(r"[,\s]+", tox["tox"]["env_list"]))
     assert tox["testenv"]["package"] == "wheel"
     for name in tox.sections():
         assert "python -m pytest" not in tox[name].get("commands", ""), "that would test the checkout"
@@ -92,7 +92,7 @@ def documented_commands() -> list[tuple[str, str]]:
         for block in re.findall(r"```(?:sh|console|bash)\n(.*?)```", document.read_text(), re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
             for part in (part for line in lines for part in line.split("&&")):
-                command = part.strip().removeprefix("$ ")
+                command = part.strip().removeprefix("$ ").removesuffix("&")  # one that goes on in the background
                 if command.startswith("mecdeploy"):
                     found.append((document.name, command.split("#")[0].strip()))
     return found
@@ -131,6 +131,12 @@ def test_docs_cli_names_every_option_and_key() -> None:
             plain = {f"`{value}`", f"`{shown}`", shown}
             found = re.search(rf"^\| `{key}` \| (.*?) \|", rows[section], re.MULTILINE)
             assert found and found[1] in plain, f"docs/cli.md does not explain {section}.{key}, by default {shown}"
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference" / "api.md").read_text()
+    shown = {name for names in re.findall(r"^```\{api\} (.*)", text, re.MULTILINE) for name in names.split(", ")}
+    assert shown >= set(mecdeploy.__all__) - {"__version__"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
