@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mecdeploy import run_folder, triton_layout
+from mecdeploy import event_files, run_folder, triton_layout
 from mecdeploy.certificate import CHECKPOINT_DIGEST, certify, compare, metadata_of, model_file, validation_images
 from mecdeploy.config import require_same_run
 from mecdeploy.errors import UserError
@@ -56,11 +56,13 @@ def train(
     *,
     resume: bool = False,
     report: Callable[[Event], None] | None = None,
+    tensorboard: bool = False,
 ) -> TrainResult:
     """Train a run into the folder `out`: run.toml, metrics.jsonl and checkpoints.
 
     resume: continue the run in `out`; the config must be the one it was started with (the device may differ).
     report: called with every event of the loop, in this process, between steps.
+    tensorboard: also write event files to `out`/tensorboard; a resumed run that has some goes on with them.
     Raises UserError, TrainingError or OSError; nothing is left in `out` then, unless there is a checkpoint to keep.
     Raises TrainingInterrupted after Ctrl-C, with a checkpoint saved.
 
@@ -70,6 +72,7 @@ def train(
     path = Path(out)
     with ExitStack() as stack:
         world = stack.enter_context(joined())
+        drawn = world.from_main(lambda: event_files.wanted(path, tensorboard, resume))
         opened = run_folder.reopen(path) if resume else run_folder.create(path, config)
         folder = world.from_main(lambda: stack.enter_context(opened))
         if resume:
@@ -90,9 +93,14 @@ def train(
         )
 
         tell = report or (lambda event: None)
+        curves = event_files.EventFiles(path, config.schedule) if drawn and world.main else None
+        if curves is not None:
+            stack.callback(curves.close)
 
         def record(event: Event) -> None:
             _record(folder.metrics, event, tell)
+            if curves is not None:
+                curves.record(event, tell)
             tell(event)
 
         result = run_stages(

@@ -56,7 +56,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--seed", type=int, help="Fixes every random choice; a CPU run repeats bit for bit.")
 @click.option("--out", type=_PATH, metavar="RUN", help="Folder of the run. Default: runs/<data>-<model>-<method>-...")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
-def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any) -> None:
+@click.option("--tensorboard", is_flag=True, help="Write event files for TensorBoard, too.")
+def train(config_file: Path | None, out: Path | None, resume: bool, tensorboard: bool, **flags: Any) -> None:
     """Train a run: full precision, calibration, quantisation-aware training, a final phase with deployed arithmetic."""
     from mecdeploy.training.world import joined
 
@@ -65,13 +66,13 @@ def train(config_file: Path | None, out: Path | None, resume: bool, **flags: Any
             lambda: _resolve(config_file, out, resume, _settings(flags), restarted=world.launch.restarts > 0)
         )
         if not world.main:
-            _train_silently(config, folder, resume)
+            _train_silently(config, folder, resume, tensorboard)
             return
         say_what_is_executed(config.model.name)
         from mecdeploy import api, progress, tables
 
         with interruptible(folder), progress.training_progress(console_on(sys.stderr)) as report:
-            result = api.train(config, folder, resume=resume, report=report)
+            result = api.train(config, folder, resume=resume, report=report, tensorboard=tensorboard)
     console_on(sys.stdout).print(tables.training(result, config.method))
     if config.method != "fp32":
         click.echo(f"Next: mecdeploy export {folder}")
@@ -90,13 +91,13 @@ def _settings(flags: dict[str, Any]) -> Settings:
     return settings
 
 
-def _train_silently(config: TrainConfig, out: Path, resume: bool) -> None:
+def _train_silently(config: TrainConfig, out: Path, resume: bool, tensorboard: bool) -> None:
     """Take part in training; what there is to say and to write is process 0's business."""
     from mecdeploy import api
     from mecdeploy.training.events import TrainingInterrupted
 
     try:
-        api.train(config, out, resume=resume)
+        api.train(config, out, resume=resume, tensorboard=tensorboard)
     except TrainingInterrupted:
         raise click.exceptions.Exit(INTERRUPTED) from None
 
