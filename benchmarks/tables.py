@@ -25,12 +25,14 @@ from benchmarks import (
     study_tables,
     zoo_tables,
 )
+from benchmarks import comparison_tables, design_tables, loader_tables, step_tables, study_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (
     "docs/benchmarks.md",
+    "docs/comparison.md",
     "docs/data.md",
     "docs/decisions.md",
     "docs/method-study.md",
@@ -217,6 +219,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "export-large": ("export_cost", zoo_tables.export_targets),
     "batching": ("serving", batching_tables.batching),
     "serving-load": ("serving-load", serving_tables.load),
+    "comparison": ("comparison", comparison_tables.comparison),
     "swish": ("swish", design_tables.swish),
     "tracing": ("tracing", design_tables.tracing),
     "normalization": ("normalization", design_tables.normalization),

@@ -45,10 +45,12 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
         return next(self._feeds, None)
 
 
-def write_static_int8(float_model: Path, images: NDArray[np.float32], path: Path) -> None:
+def write_static_int8(
+    float_model: Path, images: NDArray[np.float32], path: Path, *, weights: QuantType = QuantType.QInt8
+) -> None:
     """Quantise as onnxruntime's guide for x86 says: QDQ, uint8 activations, int8 weights per channel (U8S8), min-max.
 
-    float_model: with one input. images: normalised float32 [n, C, H, W], for calibration.
+    float_model: with one input. images: normalised float32 [n, C, H, W], for calibration. weights: QInt4 packs them.
     """
     (source,) = onnx.load(float_model, load_external_data=False).graph.input
     prepared = path.with_suffix(".prepared.onnx")
@@ -66,7 +68,7 @@ def write_static_int8(float_model: Path, images: NDArray[np.float32], path: Path
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+            weight_type=weights,
         )
     finally:
         logging.getLogger().setLevel(level)

@@ -104,6 +104,22 @@ def test_committed_zoo_is_every_classifier_and_no_integer_differs() -> None:
     assert result["environment"]["threads"] == 1
 
 
+def test_committed_comparison_has_every_tool_and_only_ours_promises_equal_bits() -> None:
+    comparison, tables = load("comparison"), load("comparison_tables")
+    tools = json.loads((ROOT / "benchmarks/results/comparison.json").read_text())["tools"]
+    assert set(tools) == set(tables.NAMES) and set(comparison.TOOLS) <= set(tools)
+    convolutions = tools["fp32"]["float_convolutions"]
+    for name, row in tools.items():
+        if "file_bytes" not in row:
+            assert row["failed"], name
+            continue
+        assert row["accuracy"] > 0.8, f"{name}: a network that knows nothing agrees with anything"
+        if name.startswith(comparison.OURS):
+            assert (row["integer_convolutions"], row["float_convolutions"]) == (convolutions, 0)
+            assert row["logits_compared"] == 3600 and row["logits_different"] == 0 and row["largest_difference"] == 0
+    assert tools["mecdeploy-w2a2"]["bits_per_weight"] < 2.5 < 4.5 < tools["mecdeploy-w8a8"]["bits_per_weight"]
+
+
 STUDIES = sorted((ROOT / "benchmarks/results").glob("study-*.json"))
 
 

@@ -1,0 +1,1 @@
+"""What other tools run, each file in an environment of its own."""
