@@ -129,7 +129,8 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from benchmarks.timing import count_convolutions, open_session
+    from benchmarks.timing import count_convolutions
+    from mecdeploy.runtime_checks.runtime import open_session
 
     path = folder / f"{name}.onnx"
     row: dict[str, Any] = {
@@ -139,7 +140,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     }
     images = torch.load(folder / f"{'test_pixels' if name.startswith(OURS) else 'test'}.pt", weights_only=True)
     labels = torch.load(folder / "test_labels.pt", weights_only=True).numpy()
-    session = open_session(path)
+    session = open_session(path, name, threads=1)
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     row["accuracy"] = round(float((logits.argmax(1) == labels).mean()), 4)
     twin = folder / f"{name}.logits.pt"
@@ -182,15 +183,16 @@ def add_latency(rows: dict[str, dict[str, Any]], folder: Path, rounds: int) -> N
     """Of each file over fp32 within a round, one image at a time, one thread, all files taking turns."""
     import torch
 
-    from benchmarks.timing import open_session, quartiles, ratios
+    from benchmarks.timing import quartiles, ratios
     from mecdeploy.runtime_checks.latency import compare_latency
+    from mecdeploy.runtime_checks.runtime import open_session
 
     files = {name: folder / f"{name}.onnx" for name in rows}
     test, pixels = (
         torch.load(folder / f"{name}.pt", weights_only=True)[:1].numpy() for name in ("test", "test_pixels")
     )
     feeds = {
-        name: {open_session(path).get_inputs()[0].name: pixels if name.startswith(OURS) else test}
+        name: {open_session(path, name).get_inputs()[0].name: pixels if name.startswith(OURS) else test}
         for name, path in files.items()
     }
     reports = compare_latency(files, feeds, threads=1, rounds=rounds, warmup=10)
