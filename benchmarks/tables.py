@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import (
     batching_tables,
+    comparison_tables,
     design_tables,
     loader_tables,
     serving_tables,
@@ -25,7 +26,6 @@ from benchmarks import (
     study_tables,
     zoo_tables,
 )
-from benchmarks import comparison_tables, design_tables, loader_tables, step_tables, study_tables, zoo_tables
 from benchmarks.markdown import Result, measured_on, table, verdict
 
 ROOT = Path(__file__).parents[1]
