@@ -18,8 +18,16 @@ from typing import Any
 from benchmarks.environment import commit
 
 STUDIES, RESULTS = Path(__file__).parent / "studies", Path(__file__).parent / "results"
-METHODS = (("mec", "lsq"), ("mec", "pact"), ("mec", "fp32"))
-"""What the targets speak of: one method, and what it is compared with, seed by seed."""
+METHODS = (
+    ("mec", "lsq"),
+    ("mec", "pact"),
+    ("mec", "fp32"),
+    ("two-views", "two-views-only"),
+    ("distillation-mec", "distillation"),
+    ("unlabelled-mec", "unlabelled"),
+    ("unlabelled", "lsq"),
+)
+"""One method, and what it is compared with, seed by seed: what targets speak of, what differs by the term alone."""
 
 
 def collect(study: Path) -> dict[str, Any]:

@@ -80,6 +80,26 @@ def targets(result: Result, share: float) -> str:
     return table(("points of accuracy, ResNet-20, CIFAR-10 (JPEG)", "target", "measured", ""), rows, left=1)
 
 
+TERM_ALONE = {
+    ("mec", "lsq"): "features, one view",
+    ("two-views", "two-views-only"): "features, two augmented views",
+    ("distillation-mec", "distillation"): "features, beside distillation",
+    ("unlabelled-mec", "unlabelled"): "features against the teacher's, beside distillation, no labels",
+}
+"""Pairs of methods that differ by the coding term and by nothing else."""
+
+
+def term_alone(results: dict[str, Result]) -> str:
+    """What the coding term adds at two bits to a run that is the same in all else. results: images -> a study."""
+    rows = [
+        (images, TERM_ALONE[pair["method"], pair["against"]], str(pair["n"]), _difference(pair))
+        for images, result in results.items()
+        for pair in result["pairs"]
+        if (pair["method"], pair["against"]) in TERM_ALONE and pair["bits"] == "W2A2"
+    ]
+    return table(("training images", "coded", "pairs", "with the term less without, points"), rows, left=2)
+
+
 def _target(name: str, least: float, pair: dict[str, Any]) -> tuple[str, str, str, str]:
     return name, f"at least {least:+g}", _difference(pair), "met" if pair["mean"] >= least else "**missed**"
 

@@ -197,6 +197,13 @@ def study_table(name: str) -> dict[str, tuple[str, Callable[[Result], str]]]:
     return {name: (name, study_tables.study), **measured}
 
 
+def term_alone(_: Result) -> str:
+    """Pairs with and without the coding term, over several studies; the last of them is the source of the table."""
+    tenth = [load(f"study-cifar10-{name}") for name in ("few", "objective", "teacher")]
+    pairs = [pair for result in tenth for pair in result["pairs"]]
+    return study_tables.term_alone({"4,500": {"pairs": pairs}, "450": load("study-cifar10-hundredth")})
+
+
 def label(model: str) -> str:
     """A model's name as people write it."""
     return MODELS.get(model, model.upper())
@@ -225,6 +232,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "normalization": ("normalization", design_tables.normalization),
     "step-guard": ("step_guard", design_tables.step_guard),
     "method-targets": ("study-cifar10-few", method_targets),
+    "term-alone": ("study-cifar10-hundredth", term_alone),
 }
 for _path in sorted(RESULTS.glob("study-*.json")):
     TABLES |= study_table(_path.stem)
