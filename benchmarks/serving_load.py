@@ -52,7 +52,7 @@ def run_alone(model: Path, images: Any) -> tuple[list[bytes], float]:
 
     from benchmarks.timing import open_session
 
-    session = open_session(model)
+    session = open_session(model, "model")
     logits, times = [], []
     for image in images:
         began = time.perf_counter()
