@@ -201,7 +201,8 @@ def term_alone(_: Result) -> str:
     """Pairs with and without the coding term, over several studies; the last of them is the source of the table."""
     tenth = [load(f"study-cifar10-{name}") for name in ("few", "objective", "teacher")]
     pairs = [pair for result in tenth for pair in result["pairs"]]
-    return study_tables.term_alone({"4,500": {"pairs": pairs}, "450": load("study-cifar10-hundredth")})
+    hundredth = {"450": load("study-cifar10-hundredth"), "450, seeds 3 to 5": load("study-cifar10-hundredth-again")}
+    return study_tables.term_alone({"4,500": {"pairs": pairs}, **hundredth})
 
 
 def label(model: str) -> str:
