@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.markdown import Result, measured_on, table
@@ -87,6 +89,23 @@ TERM_ALONE = {
     ("unlabelled-mec", "unlabelled"): "features against the teacher's, beside distillation, no labels",
 }
 """Pairs of methods that differ by the coding term and by nothing else."""
+
+
+STUDENT_6 = 2.5706
+"""Student's t of 5 degrees of freedom at 97.5 %."""
+
+
+def pooled(results: Iterable[Result], method: str, against: str) -> dict[str, Any]:
+    """A pair over six runs of studies that differ by their seeds alone, on test images: points, with the interval."""
+    differences = []
+    for result in results:
+        points = {(run["method"], run["seed"]): 100 * run["test"] for run in result["runs"]}
+        seeds = sorted({seed for _, seed in points})
+        differences += [points[method, seed] - points[against, seed] for seed in seeds]
+    assert len(differences) == 6, "STUDENT_6 is for six"
+    mean = statistics.mean(differences)
+    half = STUDENT_6 * statistics.stdev(differences) / len(differences) ** 0.5
+    return {"mean": mean, "interval": [mean - half, mean + half], "method": method, "against": against, "n": 6}
 
 
 def term_alone(results: dict[str, Result]) -> str:

@@ -202,7 +202,11 @@ def term_alone(_: Result) -> str:
     tenth = [load(f"study-cifar10-{name}") for name in ("few", "objective", "teacher")]
     pairs = [pair for result in tenth for pair in result["pairs"]]
     hundredth = {"450": load("study-cifar10-hundredth"), "450, seeds 3 to 5": load("study-cifar10-hundredth-again")}
-    return study_tables.term_alone({"4,500": {"pairs": pairs}, **hundredth})
+    both = [
+        {**study_tables.pooled(hundredth.values(), method, against), "bits": "W2A2"}
+        for method, against in (("mec", "lsq"), ("two-views", "two-views-only"))
+    ]
+    return study_tables.term_alone({"4,500": {"pairs": pairs}, **hundredth, "450, all six": {"pairs": both}})
 
 
 def label(model: str) -> str:

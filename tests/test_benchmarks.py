@@ -300,3 +300,14 @@ def test_the_documents_and_the_command_show_the_same_measures() -> None:
     from mecdeploy.study.tables import TITLES
 
     assert list(load("study_tables").MEASURES) == list(TITLES)
+
+
+def test_pairs_of_two_studies_are_pooled() -> None:
+    """Differences 1..6: mean 3.5, deviation sqrt(3.5), half an interval 2.5706 * sqrt(3.5 / 6)."""
+    studies = [
+        {"runs": [{"method": m, "seed": s, "test": s / 100 if m == "a" else 0.0} for m in "ab" for s in seeds]}
+        for seeds in ((1, 2, 3), (4, 5, 6))
+    ]
+    found = load("study_tables").pooled(studies, "a", "b")
+    assert found["mean"] == pytest.approx(3.5)
+    assert found["interval"] == pytest.approx([3.5 - 1.96335, 3.5 + 1.96335], abs=1e-4)
