@@ -10,22 +10,18 @@ networks: one that takes milliseconds an image, and one so small that HTTP takes
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import re
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.serving_client import drive, infer_request, serving
 from benchmarks.timing import quartiles, ratios
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
@@ -61,72 +57,21 @@ class Server:
         return count, total
 
 
-@contextmanager
-def running(models: list[Path], options: tuple[str, ...]) -> Iterator[Server]:
-    """A server process, killed at the end."""
-    command = [sys.executable, "-m", "mecdeploy", "serve", *map(str, models), "--port", "0", "--threads", "1", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            found = re.search(r"serving address=http://127.0.0.1:(\d+) ", line)
-            if found is None:
-                raise RuntimeError(f"the server did not start: {line}")
-            server = Server(port=int(found[1]))
-            asyncio.run(listening(server))
-            yield server
-        finally:
-            process.kill()
-
-
-async def listening(server: Server) -> None:
-    """Wait until the server takes connections."""
-    while True:
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        except OSError:
-            await asyncio.sleep(0.05)
-            continue
-        writer.close()
-        return
-
-
 def request(network: str, side: int) -> bytes:
     """One image as binary tensor, with its HTTP headers."""
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, side, side), dtype=np.uint8).tobytes()
-    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [1, 3, side, side]}
-    tensor["parameters"] = {"binary_data_size": len(pixels)}
-    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    lines = (
-        f"POST /v2/models/{network}/infer HTTP/1.1",
-        "host: here",
-        f"inference-header-content-length: {len(head)}",
-        f"content-length: {len(head) + len(pixels)}",
-    )
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + head + pixels
+    image = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
+    return infer_request("here", network, image)
 
 
-async def ask(server: Server, content: bytes, clients: int, seconds: float) -> list[float]:
-    """Seconds that each answer took, of clients that ask without a pause. Raises RuntimeError for another answer."""
-    times: list[float] = []
+def ask(server: Server, content: bytes, clients: int, seconds: float) -> list[float]:
+    """Seconds that each answer took, of clients that ask without a pause. Raises RuntimeError if one was refused."""
     end = time.perf_counter() + seconds
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            writer.write(content)
-            head = await reader.readuntil(b"\r\n\r\n")
-            if not head.startswith(b"HTTP/1.1 200"):
-                raise RuntimeError(head.decode())
-            length = re.search(rb"\r\ncontent-length: (\d+)", head)
-            assert length is not None
-            await reader.readexactly(int(length[1]))
-            times.append(time.perf_counter() - began)
-        writer.close()
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return times
+    address = ("127.0.0.1", server.port)
+    # The answers' bits are benchmarks.serving_load's business.
+    traffic = drive(address, [content], [b""], connections=clients, stop=lambda _: time.perf_counter() >= end)
+    if traffic.refused or traffic.wrong:
+        raise RuntimeError(f"{traffic.refused} requests were refused, {traffic.wrong} answers were empty.")
+    return traffic.seconds
 
 
 def export(network: str, side: int, folder: Path) -> Path:
@@ -152,7 +97,7 @@ def measure(servers: dict[str, Server], network: str, clients: int, rounds: int,
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             began = time.perf_counter()
-            times = 1e3 * np.array(asyncio.run(ask(servers[name], content, clients, seconds)))
+            times = 1e3 * np.array(ask(servers[name], content, clients, seconds))
             rates[name].append(
                 len(times) / (time.perf_counter() - began)
             )  # the last answers take longer than `seconds`
@@ -187,10 +132,11 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models = [export(network, side, folder) for network, side in NETWORKS.items()]
-        servers = {name: stack.enter_context(running(models, options)) for name, options in SERVERS.items()}
+        started = {name: stack.enter_context(serving(models, *options)) for name, options in SERVERS.items()}
+        servers = {name: Server(port=port) for name, (_, _, port) in started.items()}
         for network, side in NETWORKS.items():
             for server in servers.values():
-                asyncio.run(ask(server, request(network, side), 4, 0.3))  # warm
+                ask(server, request(network, side), 4, 0.3)  # warm
         found = {
             network: {
                 str(clients): measure(servers, network, clients, arguments.rounds, arguments.seconds)

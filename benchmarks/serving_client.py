@@ -1,4 +1,4 @@
-"""A client that costs little: prepared requests over kept connections, one request in the hands of each.
+"""A server process, and a client that costs little: prepared requests over kept connections, one in the hands of each.
 
 A general HTTP client takes as long for a request as the server does for its answer, and would be what is measured.
 """
@@ -6,16 +6,54 @@ A general HTTP client takes as long for a request as the server does for its ans
 from __future__ import annotations
 
 import json
+import re
 import selectors
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+_START_SECONDS = 120.0
+
+
+@contextmanager
+def serving(models: Sequence[Path], *options: str) -> Iterator[tuple[int, str, int]]:
+    """`mecdeploy serve` of one process and one thread: its process id, host and port. Its port takes connections."""
+    command = [sys.executable, "-m", "mecdeploy", "serve", *map(str, models), "--port", "0", "--threads", "1", *options]
+    with TemporaryDirectory() as folder:
+        log = Path(folder, "server.log")
+        with log.open("w") as stream:
+            server = subprocess.Popen(command, stdout=stream, stderr=stream)
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            while True:
+                found = re.search(r"address=http://([\d.]+):(\d+)", log.read_text())
+                if found is not None and _listens(found[1], int(found[2])):
+                    break
+                if server.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"the server did not start: {log.read_text()}")
+                time.sleep(0.05)
+            yield server.pid, found[1], int(found[2])
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port)).close()
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(kw_only=True)

@@ -14,12 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import os
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +26,6 @@ ALONE_SECONDS, SAMPLE_EVERY = 5.0, 500
 WARM_UP = 0.2
 """Of the requests: what caches and arenas take then is not growth."""
 SERVER_PACKAGES = ("uvicorn", "starlette", "h11")
-_START_SECONDS = 120.0
 
 
 def write_model(folder: Path) -> tuple[Path, Any]:
@@ -60,25 +54,6 @@ def run_alone(model: Path, images: Any) -> tuple[list[bytes], float]:
         times.append(1e3 * (time.perf_counter() - began))
         logits.append(rows.tobytes())
     return logits, statistics.median(times)
-
-
-@contextmanager
-def serving(model: Path) -> Iterator[tuple[int, str, int]]:
-    """A server of one process and one thread: its process id, host and port."""
-    log = model.with_name("server.log")
-    command = [sys.executable, "-m", "mecdeploy", "serve", str(model), "--port", "0", "--threads", "1"]
-    with log.open("w") as stream:
-        server = subprocess.Popen([*command, "--reload-seconds", "0"], stdout=stream, stderr=stream)
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        while (found := re.search(r"address=http://([\d.]+):(\d+)", log.read_text())) is None:
-            if server.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"the server did not start: {log.read_text()}")
-            time.sleep(0.05)
-        yield server.pid, found[1], int(found[2])
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def resident(process: int) -> float:
@@ -113,9 +88,9 @@ def describe(traffic: Any) -> dict[str, Any]:
 
 def measure(model: Path, images: Any, expected: list[bytes], *, requests: int, connections: int) -> dict[str, Any]:
     """Both loads on one server, and its memory under the second."""
-    from benchmarks.serving_client import drive, infer_request
+    from benchmarks.serving_client import drive, infer_request, serving
 
-    with serving(model) as (process, host, port):
+    with serving([model], "--reload-seconds", "0") as (process, host, port):
         prepared = [infer_request(f"{host}:{port}", model.stem, image) for image in images]
         samples: list[tuple[int, float]] = []
 

@@ -25,7 +25,6 @@ METHODS = (
     ("two-views", "two-views-only"),
     ("distillation-mec", "distillation"),
     ("unlabelled-mec", "unlabelled"),
-    ("unlabelled", "lsq"),
 )
 """One method, and what it is compared with, seed by seed: what targets speak of, what differs by the term alone."""
 
